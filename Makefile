@@ -1,0 +1,36 @@
+# make demo   install into .venv and run the built-in example on real data
+# make test   install into .venv with the test tools and run the tests
+# make check  lint, format, types and import contracts
+# make bench  the CPU benchmark, written to benchmarks/results/
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+.venv/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/.base
+	$(BIN)/cmdgpu demo cmdgpu-demo
+
+test: .venv/.dev
+	$(BIN)/pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist cmdgpu-demo

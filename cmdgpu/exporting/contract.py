@@ -1,0 +1,38 @@
+"""What a format promises, and the list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from cmdgpu.registry import Registry
+from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
+from cmdgpu.tensors import RowSource, Snapshot
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    path: Path
+    n_tensors: int
+    n_bytes: int
+    left_out: tuple[str, ...]
+    """Tensors whose numbers could not be had."""
+
+
+Writer: TypeAlias = Callable[[Path, ParameterMap, Snapshot], Export]
+FORMATS: Final[Registry[Writer]] = Registry("format")
+
+
+def sources(
+    parameter_map: ParameterMap, snapshot: Snapshot
+) -> tuple[list[tuple[TensorEntry, RowSource]], tuple[str, ...]]:
+    """The tensors that can be had, with their numbers, and the names of the others."""
+    pairs = [(entry, snapshot(entry)) for entry in parameter_map]
+    return (
+        [(entry, source) for entry, source in pairs if source is not None],
+        tuple(entry.name for entry, source in pairs if source is None),
+    )

@@ -1,0 +1,52 @@
+"""safetensors: a JSON header, then the raw bytes. Written by hand because the library wants every tensor in
+memory; read back by the library in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from cmdgpu.exporting.contract import FORMATS, Export, sources
+from cmdgpu.store import durable
+from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.tensors import Snapshot, flat_blocks, torch_dtype
+
+_TYPES: Final = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export:
+    """Tied weights are written once; their other names stand in the metadata under ``aliases``."""
+    available, left_out = sources(parameter_map, snapshot)
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", "aliases": json.dumps(dict(parameter_map.aliases))}
+    }
+    end = 0
+    for entry, _ in available:
+        start, end = end, end + entry.n_rows * torch_dtype(entry).itemsize
+        header[entry.name] = {
+            "dtype": _TYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[durable.Buffer]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for entry, source in available:
+            for block in flat_blocks(entry, source):
+                yield memoryview(block.contiguous().view(torch.uint8).numpy())
+
+    durable.make_directory(path.parent)
+    durable.write_file(path.parent, path.name, parts())
+    durable.flush_directory(path.parent)
+    return Export(path, len(available), 8 + len(text) + end, left_out)
+
+
+FORMATS.add("safetensors", write)

@@ -1,0 +1,184 @@
+"""The few system calls everything on disk rests on.
+
+A file is put down whole or not at all: written under a random temporary name that planted files cannot
+guess, flushed to the device, then renamed. The rename itself lasts once its directory is flushed; callers
+order those flushes, because that order *is* the commit protocol (see ``journal``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from cmdgpu.errors import CmdgpuError, StoreExists, StoreLocked, WriteFailed
+
+if sys.platform != "win32":
+    import fcntl
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+PARTIAL = ".partial"
+"""Suffix of everything that is not finished; readers never look at such names."""
+
+
+def partial_name(name: str) -> str:
+    """A temporary name beside ``name``: random, not a process id, because hosts share stores."""
+    return f"{name}.{secrets.token_hex(8)}{PARTIAL}"
+
+
+@contextlib.contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    """Descriptor of a directory that is really one: no symbolic link is followed for the last part."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def write_file(directory: Path, name: str, parts: Iterable[Buffer]) -> None:
+    """Put ``parts``, one after the other, into ``directory/name``: all bytes or the old file.
+
+    The data are flushed before the rename, or a power cut could leave an empty file under the final
+    name. The directory is *not* flushed here. Raises WriteFailed naming the file; the temporary file
+    is gone by then.
+    """
+    temporary = directory / partial_name(name)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            for part in parts:
+                _write_all(fd, memoryview(part).cast("B"))
+            flush_file(fd)
+        finally:
+            os.close(fd)
+        rename(temporary, directory / name)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise WriteFailed(
+            f"cannot write: {_reason(error)}",
+            file=directory / name,
+            hint="free some space or fix the disk, then run the same command again",
+        ) from error
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    if error.errno == errno.EDQUOT:
+        return "the disk quota is used up"
+    return error.strerror or str(error)
+
+
+def flush_file(fd: int) -> None:
+    """Hand the file's bytes to the device. On macOS only F_FULLFSYNC asks that of the drive."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def flush_directory(path: Path) -> None:
+    """Make the names inside ``path`` last. Raises WriteFailed naming the directory."""
+    try:
+        with open_directory(path) as fd:
+            os.fsync(fd)
+    except OSError as error:
+        raise WriteFailed(f"cannot flush the directory: {_reason(error)}", file=path) from error
+
+
+def rename(old: Path, new: Path) -> None:
+    os.rename(old, new)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Give a finished directory its name, once everything inside has been flushed.
+
+    Raises StoreExists when something is there already: nothing is ever clobbered (a rename onto a
+    directory that holds anything fails, and an empty one is refused by the check before it).
+    """
+    try:
+        if final.exists() or final.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        rename(temporary, final)
+        flush_directory(final.parent)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise StoreExists("something is already there", file=final, hint="choose another path") from error
+        raise WriteFailed(f"cannot create: {_reason(error)}", file=final) from error
+
+
+def make_directory(path: Path) -> None:
+    """Create ``path`` and what is missing above it. Raises WriteFailed naming the path."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteFailed(f"cannot create the directory: {_reason(error)}", file=path) from error
+
+
+def remove_partials(directory: Path) -> None:
+    """Delete what a killed writer left unfinished. Only for who holds the lock: others may be writing."""
+    for entry in os.scandir(directory):
+        if entry.name.endswith(PARTIAL) and entry.is_file(follow_symlinks=False):
+            Path(entry.path).unlink()
+
+
+class Lock:
+    """Exclusive ``flock`` on a file, held until ``release`` or the end of the process.
+
+    The descriptor is closed in forked children: a data-loader worker that outlives its parent would
+    otherwise keep the store locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd: int | None = os.open(path, flags, 0o644)
+        except OSError as error:
+            raise WriteFailed(f"cannot lock: {_reason(error)}", file=path) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip()
+            os.close(self._fd)
+            self._fd = None
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise CmdgpuError(f"cannot lock: {_reason(error)}", file=path) from error
+            raise StoreLocked(
+                f"another process is writing here (process {holder or 'unknown'})",
+                file=path.parent.parent,
+                hint="close that recorder, or wait until it ends",
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        _HELD.add(self)
+
+    def release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in list(_HELD):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

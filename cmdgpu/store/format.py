@@ -1,0 +1,323 @@
+"""Names, types, attributes and versions of the Zarr trees, and the one way their metadata is read.
+
+Zarr itself writes the metadata of a new array (``array_document``); what we add lies under the single
+attribute ``cmdgpu``: the kind of node, the format version and a digest of the document by itself, since
+``zarr.json`` carries no checksum of its own. Documents of a store are checked here, against a closed
+schema, before anything believes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias, cast
+
+import numpy as np
+
+from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError
+from cmdgpu.notation import UNWRITTEN, AnyArray
+
+Json: TypeAlias = dict[str, Any]
+
+FORMAT: Final = 1
+"""Version of both trees; a store of another version is refused by name."""
+
+DOCUMENT: Final = "zarr.json"
+WEIGHTS: Final = "weights"
+STEP: Final = "step"
+SKETCH: Final = "sketch"
+SKETCH_ROW: Final = "sketch_row"
+RESERVED: Final = frozenset({WEIGHTS, STEP, SKETCH, SKETCH_ROW, "snapshot", "parameter"})
+"""Names a recorded scalar cannot take."""
+SCALAR_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+ROW_QUANTUM: Final = 256
+"""Chunks hold a multiple of this many rows."""
+SMALL_CHUNK: Final = 1024
+"""Snapshots per chunk of the small arrays beside ``weights``."""
+CRC_BYTES: Final = 4
+MAX_CHUNK_BYTES: Final = 1 << 30
+_MAX_DOCUMENT_BYTES: Final = 64 << 20
+_MAX_DEPTH: Final = 32
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One element type as it lies on disk."""
+
+    name: str
+    """What a person calls it, and torch too."""
+    numpy: np.dtype[Any]
+    zarr: str
+    fill: float | int
+    """"Never written" must not look like 0."""
+
+
+STORAGES: Final = {
+    "float32": Storage("float32", np.dtype("<f4"), "float32", float("nan")),
+    "float16": Storage("float16", np.dtype("<f2"), "float16", float("nan")),
+    # zarr has no bfloat16; 0x7FC0 is its quiet NaN
+    "bfloat16": Storage("bfloat16", np.dtype("<u2"), "uint16", 0x7FC0),
+}
+
+
+def storage(dtype: str) -> Storage:
+    if dtype not in STORAGES:
+        raise UsageError(f"a trajectory cannot be stored as {dtype!r}", hint=f"have: {', '.join(STORAGES)}")
+    return STORAGES[dtype]
+
+
+def default_rows_per_chunk(n_rows: int) -> int:
+    """2^18 rows, 2^20 from a billion up; never more than N rounded up to the quantum."""
+    wanted = 1 << 20 if n_rows >= 1_000_000_000 else 1 << 18
+    return min(wanted, max(round_up(n_rows, ROW_QUANTUM), ROW_QUANTUM))
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def chunk_name(*index: int) -> str:
+    return ".".join(["c", *map(str, index)])
+
+
+# ---- documents ----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _template(chunks: tuple[int, ...], zarr_type: str, dims: tuple[str, ...], fill: str) -> str:
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=(0,) * len(chunks),
+        chunks=chunks,
+        dtype=zarr_type,
+        fill_value=float(fill) if zarr_type.startswith("float") else int(fill),
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=[Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=dims,
+        config={"write_empty_chunks": True},
+    )
+    return files[DOCUMENT].to_bytes().decode()
+
+
+def array_document(
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    zarr_type: str,
+    dims: tuple[str, ...],
+    fill: float | int,
+    attributes: Mapping[str, Any],
+) -> Json:
+    """Metadata of a new array, as zarr writes it, with our attributes and sealed."""
+    document = cast(Json, json.loads(_template(chunks, zarr_type, dims, str(fill))))
+    document["shape"] = list(shape)
+    document["attributes"] = copy.deepcopy(dict(attributes))
+    return seal(document)
+
+
+def group_document(attributes: Mapping[str, Any]) -> Json:
+    return seal({"zarr_format": 3, "node_type": "group", "attributes": copy.deepcopy(dict(attributes))})
+
+
+def own(kind: str, **fields: Any) -> Json:
+    """The ``cmdgpu`` attribute of a node."""
+    return {"kind": kind, "format": FORMAT, **fields}
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a JSON value that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def seal(document: Json) -> Json:
+    """Put into the document the digest of everything else in it."""
+    mine = document["attributes"]["cmdgpu"]
+    mine.pop("self", None)
+    mine["self"] = "sha256:" + sha256(canonical(document))
+    return document
+
+
+def is_sealed(document: Json) -> bool:
+    bare = copy.deepcopy(document)
+    said = bare["attributes"]["cmdgpu"].pop("self", None)
+    return said == "sha256:" + sha256(canonical(bare))
+
+
+def encode(document: Json) -> bytes:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+# ---- reading documents back -----------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
+    """A small regular file, whole. FIFOs, devices, symbolic links and absurd sizes are StoreCorrupt."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise StoreCorrupt(f"cannot be opened: {error.strerror}", file=path) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreCorrupt("is no regular file", file=path)
+        if status.st_size > limit:
+            raise StoreCorrupt(f"holds {status.st_size} bytes, more than {limit}", file=path)
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(limit)
+    finally:
+        os.close(fd)
+
+
+def parse(raw: bytes, path: Path) -> Json:
+    """JSON with no duplicate keys and no absurd nesting; anything else is StoreCorrupt."""
+    depth = 0
+    for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw):
+        depth += (byte in b"[{") - (byte in b"]}")
+        if depth > _MAX_DEPTH:
+            raise StoreCorrupt(f"is nested more than {_MAX_DEPTH} levels deep", file=path)
+    try:
+        document = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise StoreCorrupt(f"is no JSON: {error}", file=path) from error
+    if not isinstance(document, dict):
+        raise StoreCorrupt("is no JSON object", file=path)
+    return cast(Json, document)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
+    """A metadata document of ours, believed only after its version, its seal and its kind are right."""
+    raw = read_bytes(path)
+    document = parse(raw, path)
+    attributes = document.get("attributes")
+    mine = attributes.get("cmdgpu") if isinstance(attributes, dict) else None
+    if not isinstance(mine, dict):
+        raise NotAStore("is no store of cmdgpu", file=path.parent)
+    mine = cast(Json, mine)
+    version = mine.get("format")
+    if version != FORMAT and isinstance(version, int) and is_sealed(document):
+        raise NotAStore(
+            f"has format version {version}, this cmdgpu reads version {FORMAT}",
+            file=path.parent,
+            hint="install a cmdgpu that reads it" if version > FORMAT else None,
+        )
+    if not is_sealed(document):
+        raise StoreCorrupt("does not match its own digest: damaged, or edited by other hands", file=path)
+    if mine.get("kind") != kind:
+        raise NotAStore(f"holds a {mine.get('kind')!r}, not a {kind!r}", file=path.parent)
+    if document.get("zarr_format") != 3 or document.get("node_type") != node_type:
+        raise StoreCorrupt(f"is no Zarr v3 {node_type}", file=path)
+    return document, raw
+
+
+_ARRAY_KEYS = frozenset(
+    ["zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs", "attributes", "dimension_names", "storage_transformers"]
+)
+_CODECS = ("bytes", "crc32c")
+
+
+@dataclass(frozen=True)
+class ArrayShape:
+    """What of an array's metadata matters to us, once it has been checked."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    zarr_type: str
+
+
+def check_array(document: Json, path: Path, dims: Sequence[str]) -> ArrayShape:
+    """Refuse every array this package would not have written: closed keys, codecs, encoding, sizes."""
+
+    def refuse(what: str) -> StoreCorrupt:
+        return StoreCorrupt(f"unexpected array metadata: {what}", file=path)
+
+    if unknown := set(document) - _ARRAY_KEYS:
+        raise refuse(f"unknown keys {sorted(unknown)}")
+    if document.get("storage_transformers") not in (None, []):
+        raise refuse("storage transformers")
+    if document.get("dimension_names") != list(dims):
+        raise refuse(f"dimensions {document.get('dimension_names')}, expected {list(dims)}")
+    if document.get("chunk_key_encoding") != {"name": "default", "configuration": {"separator": "."}}:
+        raise refuse("chunk names")
+    codecs = document.get("codecs")
+    names = [codec.get("name") for codec in codecs] if isinstance(codecs, list) else None
+    if names != list(_CODECS):
+        raise refuse(f"codecs {names}, expected {list(_CODECS)}")
+    grid = document.get("chunk_grid")
+    chunks = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) else None
+    shape = document.get("shape")
+    zarr_type = document.get("data_type")
+    if not isinstance(zarr_type, str):
+        raise refuse(f"data type {zarr_type!r}")
+    for what, sizes, least in (("shape", shape, 0), ("chunk shape", chunks, 1)):
+        if (
+            not isinstance(sizes, list)
+            or len(sizes) != len(dims)
+            or not all(type(size) is int and least <= size < 1 << 62 for size in sizes)
+        ):
+            raise refuse(f"{what} {sizes}")
+    assert isinstance(shape, list) and isinstance(chunks, list)
+    try:
+        itemsize = np.dtype(zarr_type).itemsize
+    except TypeError as error:
+        raise refuse(f"data type {zarr_type!r}") from error
+    if itemsize * int(np.prod([int(size) for size in chunks], dtype=object)) > MAX_CHUNK_BYTES:
+        raise refuse(f"chunks {chunks} of more than {MAX_CHUNK_BYTES} bytes")
+    return ArrayShape(tuple(shape), tuple(chunks), zarr_type)
+
+
+# ---- arrays of the two trees ----------------------------------------------------------------------------
+
+
+def widen(values: AnyArray, dtype: str) -> AnyArray:
+    """Stored elements as numbers: bfloat16 patterns become float32, the others are numbers already."""
+    if dtype != "bfloat16":
+        return values
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: AnyArray, dtype: str) -> AnyArray:
+    """Numbers as stored elements, rounded to nearest even; NaN stays NaN."""
+    if dtype != "bfloat16":
+        return values.astype(storage(dtype).numpy)
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
+
+
+RESULT_ROWS: Final[dict[str, tuple[str, float | int]]] = {
+    "mode": ("int16", UNWRITTEN),
+    "a": ("float32", float("nan")),
+    "b": ("float32", float("nan")),
+    "correlation": ("float32", float("nan")),
+}
+"""The arrays of a decomposition that have an entry for every row."""

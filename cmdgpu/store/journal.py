@@ -1,0 +1,345 @@
+"""The commit protocol: the only code that makes a snapshot visible, or takes one away.
+
+A column's chunks are written beyond the visible edge and made durable; then one rename of
+``weights/zarr.json`` moves the edge. From that rename on the snapshot exists for every reader; before it,
+it never did. The order of the steps of ``append`` is the protocol; ARCHITECTURE.md gives their reasons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from cmdgpu.errors import (
+    DurabilityUnknown,
+    StepNotFound,
+    StoreCorrupt,
+    StoreFenced,
+    UsageError,
+    WriteFailed,
+)
+from cmdgpu.notation import F64, I64, AnyArray
+from cmdgpu.store import durable
+from cmdgpu.store import format as fmt
+from cmdgpu.store.chunks import crc32c
+from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.view import PARAMETER_BY_SNAPSHOT, SAMPLE_BY_SNAPSHOT, StoreView
+
+_CHUNK = re.compile(r"c\.(\d+)\.(\d+)")
+_WRITERS: Final = 4
+"""Chunk files in flight: an fsync waits for the device, not for a core."""
+_LOCK: Final = ".lock"
+
+
+class Journal:
+    """The one writer of a store; holds its lock from ``open`` or ``create`` until ``close``."""
+
+    def __init__(self, view: StoreView, lock: durable.Lock) -> None:
+        self.view = view
+        self._lock = lock
+        self._usable = True
+
+    # ---- beginning and end --------------------------------------------------------------------------
+
+    @staticmethod
+    def create(
+        path: Path,
+        parameter_map: ParameterMap,
+        *,
+        dtype: str,
+        rows: int,
+        unit: str,
+        sketch_rows: I64 | None,
+    ) -> Journal:
+        """An empty store (N, 0): built under a temporary name, flushed, then renamed whole."""
+        storage = fmt.storage(dtype)
+        durable.make_directory(path.parent)
+        building = path.parent / durable.partial_name(path.name)
+        durable.make_directory(building)
+        try:
+            group = fmt.group_document(
+                {"cmdgpu": fmt.own("trajectory", unit=unit, layout=parameter_map.to_json())}
+            )
+            small = {fmt.STEP: fmt.sha256()}
+            arrays = {fmt.STEP: _small_document(fmt.STEP, 0)}
+            if sketch_rows is not None:
+                arrays[fmt.SKETCH] = _sketch_document(len(sketch_rows), 0, storage)
+                arrays[fmt.SKETCH_ROW] = fmt.array_document(
+                    (len(sketch_rows),), (max(len(sketch_rows), 1),), "int64", ("sample",),
+                    np.iinfo(np.int64).min, {"cmdgpu": fmt.own("small")},
+                )  # fmt: skip
+                small[fmt.SKETCH_ROW] = _digest(sketch_rows)
+            head = fmt.own(
+                "weights", steps=[], digests=[], small=small, layout=group["attributes"]["cmdgpu"]["self"]
+            )
+            if storage.name != storage.zarr:
+                head["torch_dtype"] = storage.name
+            arrays[fmt.WEIGHTS] = fmt.array_document(
+                (parameter_map.n_rows, 0), (rows, 1), storage.zarr, PARAMETER_BY_SNAPSHOT, storage.fill,
+                {"coordinates": fmt.STEP, "cmdgpu": head},
+            )  # fmt: skip
+            for name, document in arrays.items():
+                durable.make_directory(building / name)
+                durable.write_file(building / name, fmt.DOCUMENT, [fmt.encode(document)])
+            if sketch_rows is not None and len(sketch_rows):
+                _write_chunk(building / fmt.SKETCH_ROW, fmt.chunk_name(0), sketch_rows.astype("<i8"))
+            durable.write_file(building, fmt.DOCUMENT, [fmt.encode(group)])
+            for name in arrays:
+                durable.flush_directory(building / name)
+            durable.flush_directory(building)
+            durable.publish_directory(building, path)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        return Journal.open(path)
+
+    @staticmethod
+    def open(path: Path) -> Journal:
+        """Lock, *then* read: a T read before the lock could overwrite another writer's snapshot.
+
+        Removes what a killed append left beyond the edge. Raises StoreLocked, NotAStore, StoreCorrupt.
+        """
+        StoreView.open(path)  # refuses what is no store before a lock file is created in it
+        lock = durable.Lock(path / fmt.WEIGHTS / _LOCK)
+        try:
+            view = StoreView.open(path)
+            journal = Journal(view, lock)
+            journal._remove_orphans()
+        except BaseException:
+            lock.release()
+            raise
+        return journal
+
+    def close(self) -> None:
+        self._usable = False
+        self._lock.release()
+
+    def _remove_orphans(self) -> None:
+        """Chunks of index exactly T and unfinished files are leftovers of a killed append or rewind.
+
+        A chunk of index > T means that somebody put an *older* commit file back: deleting would destroy
+        data, so that is StoreCorrupt and nothing is touched.
+        """
+        edge = len(self.view.steps)
+        for name in (fmt.WEIGHTS, fmt.SKETCH):
+            directory = self.view.path / name
+            if not directory.is_dir():
+                continue
+            found = [(m, p) for p in directory.iterdir() if (m := _CHUNK.fullmatch(p.name))]
+            if beyond := [p for m, p in found if int(m[2]) > edge]:
+                raise StoreCorrupt(
+                    f"lies beyond snapshot {edge}: an older {fmt.DOCUMENT} was put back",
+                    file=sorted(beyond)[0],
+                    hint=f"restore the newest {fmt.WEIGHTS}/{fmt.DOCUMENT}; nothing was deleted",
+                )
+            for match, orphan in found:
+                if int(match[2]) == edge:
+                    orphan.unlink()
+            durable.remove_partials(directory)
+        for name in self._small_names():
+            durable.remove_partials(self.view.path / name)
+
+    def _small_names(self) -> list[str]:
+        return [fmt.STEP, *self.view.scalars]
+
+    # ---- appending ----------------------------------------------------------------------------------
+
+    def append(
+        self, column: AnyArray, step: int, scalars: Mapping[str, float], sketch: AnyArray | None
+    ) -> None:
+        """Make one snapshot durable and visible, or raise and leave what was visible as it was.
+
+        ``column`` is (n_chunks * rows,) in the stored type, padded with the fill value; ``sketch`` is (S,).
+        """
+        self.require_next(step)
+        t = len(self.view.steps)
+        view = self.view
+        crcs = self._write_column(column, t)
+        if sketch is not None:
+            crcs.append(_write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch))
+        steps = np.append(view.steps, np.int64(step))
+        series = self._extend_scalars(scalars)
+        self._write_small(steps, series)
+        self._flush_names()
+        self._fence()
+        self._commit(steps, (*view.digests, fmt.sha256(*crcs)), series)
+
+    def require_next(self, step: int) -> None:
+        if not self._usable:
+            raise WriteFailed("the journal is closed", file=self.view.path, hint="open the store again")
+        steps = self.view.steps
+        if step < 0 or (len(steps) and step <= int(steps[-1])):
+            last = f"the last recorded step is {int(steps[-1])}" if len(steps) else "steps count from 0"
+            raise UsageError(
+                f"step {step} cannot follow: {last}",
+                file=self.view.path,
+                hint=f"steps increase; to go back, Recorder(path, rewind_to={max(step - 1, 0)})",
+            )
+
+    def _write_column(self, column: AnyArray, t: int) -> list[bytes]:
+        """Beyond the visible edge, so no reader sees it; inside this step the order is free."""
+        rows, directory = self.view.rows, self.view.path / fmt.WEIGHTS
+
+        def write(i: int) -> bytes:
+            return _write_chunk(directory, fmt.chunk_name(i, t), column[i * rows : (i + 1) * rows])
+
+        if self.view.n_chunks == 1:
+            return [write(0)]
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cmdgpu-write") as pool:
+            return list(pool.map(write, range(self.view.n_chunks)))
+
+    def _extend_scalars(self, scalars: Mapping[str, float]) -> dict[str, F64]:
+        """Every recorded series one value longer: NaN where a scalar was not given, now or before."""
+        view = self.view
+        never = np.full(len(view.steps), np.nan)
+        names = [*view.scalars, *(name for name in scalars if name not in view.scalars)]
+        return {
+            name: np.append(view.scalars.get(name, never), np.float64(scalars.get(name, np.nan)))
+            for name in names
+        }
+
+    def _write_small(self, steps: I64, series: Mapping[str, F64]) -> None:
+        """Before the commit, so the rule is "at least as long as T, what lies beyond T is ignored"."""
+        self._write_small_array(fmt.STEP, steps)
+        for name, values in series.items():
+            self._write_small_array(name, values)
+        view = self.view
+        if view.sketch_rows is not None:
+            document = _sketch_document(len(view.sketch_rows), len(steps), view.storage)
+            durable.write_file(view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(document)])
+
+    def _write_small_array(self, name: str, values: AnyArray) -> None:
+        directory = self.view.path / name
+        tail = (len(values) - 1) // fmt.SMALL_CHUNK
+        document = _small_document(name, len(values))
+        fill = np.iinfo(np.int64).min if name == fmt.STEP else np.nan
+        target = directory
+        if not directory.is_dir():
+            target = self.view.path / durable.partial_name(name)
+            durable.make_directory(target)
+        # a scalar first seen now writes every chunk, a known one only its tail
+        for i in range(0 if target != directory else tail, tail + 1):
+            chunk = np.full(fmt.SMALL_CHUNK, fill, dtype=values.dtype.newbyteorder("<"))
+            part = values[i * fmt.SMALL_CHUNK : (i + 1) * fmt.SMALL_CHUNK]
+            chunk[: len(part)] = part
+            _write_chunk(target, fmt.chunk_name(i), chunk)
+        durable.write_file(target, fmt.DOCUMENT, [fmt.encode(document)])
+        durable.flush_directory(target)
+        if target != directory:
+            durable.publish_directory(target, directory)
+
+    def _flush_names(self) -> None:
+        """Without this the commit could outlive the chunks it speaks of."""
+        if self.view.sketch_rows is not None:
+            durable.flush_directory(self.view.path / fmt.SKETCH)
+        durable.flush_directory(self.view.path / fmt.WEIGHTS)
+
+    def _fence(self) -> None:
+        """A second writer where ``flock`` does not work (some network filesystems) is caught here."""
+        path = self.view.path / fmt.WEIGHTS / fmt.DOCUMENT
+        if fmt.read_bytes(path) != self.view.commit:
+            self._usable = False
+            raise StoreFenced("another writer committed here", file=path, hint="one recorder per store")
+
+    def _commit(self, steps: I64, digests: tuple[str, ...], series: dict[str, F64]) -> None:
+        """The rename inside ``write_file`` moves every reader to the new edge; its flush makes that last."""
+        document = json.loads(self.view.commit)
+        document["shape"][1] = len(steps)
+        head = document["attributes"]["cmdgpu"]
+        head["steps"] = steps.tolist()
+        head["digests"] = list(digests)
+        for name, values in {fmt.STEP: steps, **series}.items():
+            head["small"][name] = _digest(values)
+        raw = fmt.encode(fmt.seal(document))
+        directory = self.view.path / fmt.WEIGHTS
+        durable.write_file(directory, fmt.DOCUMENT, [raw])
+        try:
+            durable.flush_directory(directory)
+        except WriteFailed as error:
+            self._usable = False
+            raise DurabilityUnknown(
+                "the disk failed after the commit",
+                file=directory / fmt.DOCUMENT,
+                hint="open the store again to learn which snapshots exist",
+            ) from error
+        self.view = dataclasses.replace(
+            self.view, steps=steps, digests=digests, scalars=series, commit=raw, _crcs={}
+        )
+
+    # ---- going back ---------------------------------------------------------------------------------
+
+    def rewind(self, step: int) -> int:
+        """Drop every snapshot after ``step``, one at a time, the last one first; returns how many.
+
+        Commit T - 1, then delete the chunks of index T - 1: a kill in between leaves only what the next
+        ``open`` cleans up. Raises StepNotFound, before anything is dropped, when ``step`` was not recorded.
+        """
+        steps = self.view.steps
+        if step not in steps:
+            nearest = nearest_steps(steps, step)
+            raise StepNotFound(
+                "is not recorded", file=self.view.path, step=step, hint=f"nearest recorded: {nearest}"
+            )
+        dropped = 0
+        while int(self.view.steps[-1]) > step:
+            self._drop_last()
+            dropped += 1
+        return dropped
+
+    def _drop_last(self) -> None:
+        view, t = self.view, len(self.view.steps) - 1
+        self._fence()
+        self._commit(view.steps[:t], view.digests[:t], {n: v[:t] for n, v in view.scalars.items()})
+        self._trim_small(t)
+        self._remove_orphans()
+        self._flush_names()
+
+    def _trim_small(self, t: int) -> None:
+        """xarray refuses a ``step`` longer than ``weights``: shorten the shapes, leave the values."""
+        for name in self._small_names():
+            directory = self.view.path / name
+            durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(_small_document(name, t))])
+            durable.flush_directory(directory)
+        if self.view.sketch_rows is not None:
+            sketch = _sketch_document(len(self.view.sketch_rows), t, self.view.storage)
+            durable.write_file(self.view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(sketch)])
+
+
+def nearest_steps(steps: I64, step: int, count: int = 3) -> str:
+    """The recorded steps closest to the one asked for, as text."""
+    order = sorted((int(s) for s in steps), key=lambda s: abs(s - step))[:count]
+    return ", ".join(map(str, sorted(order))) if order else "none"
+
+
+def _write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
+    values = np.ascontiguousarray(values)
+    crc = crc32c(values)
+    durable.write_file(directory, name, [memoryview(values).cast("B"), crc])
+    return crc
+
+
+def _digest(values: AnyArray) -> str:
+    return fmt.sha256(values.astype(values.dtype.newbyteorder("<")).tobytes())
+
+
+def _small_document(name: str, length: int) -> fmt.Json:
+    attributes: dict[str, Any] = {"cmdgpu": fmt.own("small")}
+    kind, fill = ("int64", np.iinfo(np.int64).min) if name == fmt.STEP else ("float64", float("nan"))
+    if name != fmt.STEP:
+        attributes["coordinates"] = fmt.STEP
+    return fmt.array_document((length,), (fmt.SMALL_CHUNK,), kind, ("snapshot",), fill, attributes)
+
+
+def _sketch_document(n_candidates: int, length: int, storage: fmt.Storage) -> fmt.Json:
+    return fmt.array_document(
+        (n_candidates, length), (max(n_candidates, 1), 1), storage.zarr, SAMPLE_BY_SNAPSHOT, storage.fill,
+        {"coordinates": fmt.STEP, "cmdgpu": fmt.own("small")},
+    )  # fmt: skip

@@ -1,0 +1,281 @@
+"""Tensors <-> rows: which tensor, or piece of a tensor, lies in which rows of the trajectory.
+
+A *piece* is an n-dimensional box of a tensor, laid out in C order from its first row. An ordinary tensor is
+one piece, an empty one has none. Tied weights are recorded once; their other names are *aliases*. *Holes* are
+row ranges that belong to no tensor. Names are labels: no path is ever built from one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, cast
+
+from cmdgpu.errors import CmdgpuError, ModelMismatch, StoreCorrupt, printable
+
+Kind: TypeAlias = Literal["parameter", "buffer"]
+
+FLOAT_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
+"""Element types of tensors that have rows. float64 is rounded to the store's type."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    row: int
+    """First row of the piece."""
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def stop(self) -> int:
+        return self.row + self.n_rows
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def signature(self) -> str:
+        return f"{self.kind} {self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive rows of one tensor inside one unit."""
+
+    tensor: int
+    """Index into ``ParameterMap.tensors``."""
+    start: int
+    stop: int
+    """Row numbers of the trajectory."""
+
+
+@dataclass(frozen=True)
+class ParameterMap:
+    """The layout of a trajectory. Iterates over its tensors, in row order of their first piece."""
+
+    tensors: tuple[TensorEntry, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Other name -> recorded name, for tied weights."""
+    holes: tuple[tuple[int, int], ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of what the model holds and the trajectory does not."""
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self.tensors[self._index[self.aliases.get(name, name)]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index or name in self.aliases
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {tensor.name: i for i, tensor in enumerate(self.tensors)}
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int, int], ...]:
+        """(start, stop, tensor index) of every piece, by row."""
+        return tuple(
+            sorted(
+                (piece.row, piece.stop, i)
+                for i, tensor in enumerate(self.tensors)
+                for piece in tensor.pieces
+                if piece.n_rows
+            )
+        )
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [start for start, _, _ in self.spans]
+
+    @cached_property
+    def n_rows(self) -> int:
+        """N: rows of the trajectory, holes included."""
+        stops = [stop for _, stop, _ in self.spans] + [stop for _, stop in self.holes]
+        return max(stops, default=0)
+
+    def n_rows_of(self, kind: Kind) -> int:
+        return sum(tensor.n_rows for tensor in self.tensors if tensor.kind == kind)
+
+    def segments(self, start: int, stop: int) -> list[Segment]:
+        """The runs of tensors in rows [start, stop), by row; holes leave gaps."""
+        found: list[Segment] = []
+        first = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        for low, high, tensor in self.spans[first:]:
+            if low >= stop:
+                break
+            if high > start:
+                found.append(Segment(tensor, max(low, start), min(high, stop)))
+        return found
+
+    def name_rows(self, start: int, stop: int) -> str:
+        """``layer1.weight +3``: the first tensor in those rows and how many more there are."""
+        names = list(dict.fromkeys(self.tensors[s.tensor].name for s in self.segments(start, stop)))
+        if not names:
+            return "no tensor"
+        return printable(names[0]) if len(names) == 1 else f"{printable(names[0])} +{len(names) - 1}"
+
+    def locate(self, row: int) -> str:
+        """``layer1.weight[3, 0, 1]``: the scalar parameter behind a row."""
+        for segment in self.segments(row, row + 1):
+            tensor = self.tensors[segment.tensor]
+            piece = next(p for p in tensor.pieces if p.row <= row < p.stop)
+            index: list[int] = []
+            rest = row - piece.row
+            for size in reversed(piece.size):
+                rest, at = divmod(rest, size)
+                index.append(at)
+            place = [at + offset for at, offset in zip(reversed(index), piece.offset, strict=True)]
+            return f"{printable(tensor.name)}{place if place else ''}"
+        raise CmdgpuError(f"row {row} belongs to no tensor")
+
+    # ---- as JSON ------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": self.n_rows,
+            "tensors": [
+                {
+                    "name": t.name,
+                    "kind": t.kind,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "pieces": [
+                        {"offset": list(p.offset), "size": list(p.size), "row": p.row} for p in t.pieces
+                    ],
+                }
+                for t in self.tensors
+            ],
+            "aliases": dict(self.aliases),
+            "holes": [list(hole) for hole in self.holes],
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+        }
+
+    @staticmethod
+    def from_json(layout: object, path: Path) -> ParameterMap:
+        """Read a layout back, refusing one whose rows are not covered exactly once."""
+        try:
+            fields = cast(dict[str, Any], layout)
+            parsed = ParameterMap(
+                tensors=tuple(_tensor(entry) for entry in fields["tensors"]),
+                aliases={_text(k): _text(v) for k, v in fields["aliases"].items()},
+                holes=tuple((_count(a), _count(b)) for a, b in fields["holes"]),
+                skipped=tuple((_text(s["name"]), _text(s["reason"])) for s in fields["skipped"]),
+            )
+            rows = _count(fields["rows"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreCorrupt(f"its layout cannot be read: {error}", file=path) from error
+        if problem := parsed._problem(rows):
+            raise StoreCorrupt(f"its layout is inconsistent: {problem}", file=path)
+        return parsed
+
+    def _problem(self, rows: int) -> str | None:
+        names = [t.name for t in self.tensors] + list(self.aliases)
+        if len(set(names)) != len(names):
+            return "a name appears twice"
+        if missing := [name for name in self.aliases.values() if name not in self._index]:
+            return f"alias of {printable(missing[0])}, which is not there"
+        for tensor in self.tensors:
+            if sum(piece.n_rows for piece in tensor.pieces) != tensor.n_rows:
+                return f"the pieces of {printable(tensor.name)} are not the tensor"
+            for p in tensor.pieces:
+                inside = all(o + s <= d for o, s, d in zip(p.offset, p.size, tensor.shape, strict=True))
+                if not inside:
+                    return f"a piece of {printable(tensor.name)} lies outside of it"
+        reached = 0
+        for start, stop in sorted([(a, b) for a, b, _ in self.spans] + list(self.holes)):
+            if start != reached or stop < start:
+                return f"rows {reached} to {start} are covered twice or not at all"
+            reached = stop
+        return None if reached == rows else f"{reached} rows are covered, {rows} declared"
+
+    # ---- against another one ------------------------------------------------------------------------
+
+    def require(self, model: ParameterMap, path: Path | str) -> None:
+        """Raise ModelMismatch, naming the first tensor on which this map and ``model`` disagree."""
+        hint = "give the model that was recorded here, or another path"
+        for mine, other in zip(self.tensors, model.tensors, strict=False):
+            if mine.name != other.name:
+                raise ModelMismatch(
+                    f"the store has it where the model has '{printable(other.name)}'",
+                    file=path,
+                    tensor=mine.name,
+                    hint=hint,
+                )
+            if mine.signature != other.signature:
+                raise ModelMismatch(
+                    f"the store holds {mine.signature}, the model {other.signature}",
+                    file=path,
+                    tensor=mine.name,
+                    hint=hint,
+                )
+        if len(self) != len(model):
+            short, long, which = (self, model, "store") if len(self) < len(model) else (model, self, "model")
+            raise ModelMismatch(
+                f"the {which} lacks it", file=path, tensor=long.tensors[len(short)].name, hint=hint
+            )
+        if dict(self.aliases) != dict(model.aliases):
+            name = sorted(set(self.aliases.items()) ^ set(model.aliases.items()))[0][0]
+            raise ModelMismatch("tied in one and not in the other", file=path, tensor=name, hint=hint)
+
+
+def whole(names: Sequence[tuple[str, Kind, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:
+    """Unsharded tensors, one after the other: each is a single piece, an empty one has none."""
+    entries: list[TensorEntry] = []
+    row = 0
+    for name, kind, dtype, shape in names:
+        n = math.prod(shape)
+        pieces = (Piece((0,) * len(shape), shape, row),) if n else ()
+        entries.append(TensorEntry(name, kind, dtype, shape, pieces))
+        row += n
+    return tuple(entries)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _tensor(entry: dict[str, Any]) -> TensorEntry:
+    kind, dtype = _text(entry["kind"]), _text(entry["dtype"])
+    if kind not in ("parameter", "buffer") or dtype not in FLOAT_DTYPES:
+        raise ValueError(f"a {kind} of {dtype}")
+    shape = tuple(_count(n) for n in entry["shape"])
+    pieces: list[Piece] = []
+    for p in entry["pieces"]:
+        piece = Piece(
+            tuple(_count(n) for n in p["offset"]), tuple(_count(n) for n in p["size"]), _count(p["row"])
+        )
+        if not len(piece.offset) == len(piece.size) == len(shape):
+            raise ValueError(f"a piece of {entry['name']!r} has another number of dimensions")
+        pieces.append(piece)
+    return TensorEntry(_text(entry["name"]), cast(Kind, kind), dtype, shape, tuple(pieces))

@@ -1,0 +1,357 @@
+"""Trajectory: W (N x T) with its parameter map and its steps; lazy, selectable, checked when read."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+
+from cmdgpu.errors import StepNotFound, UsageError
+from cmdgpu.notation import F64, I64, AnyArray
+from cmdgpu.progress import Progress
+from cmdgpu.sources import ArraySource, Source, StoreSource
+from cmdgpu.store import format as fmt
+from cmdgpu.store.journal import Journal, nearest_steps
+from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
+from cmdgpu.store.verification import Damage, verify_store
+from cmdgpu.store.view import StoreView
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cmdgpu.exporting import Export
+    from cmdgpu.models import Patterns
+
+RowIndex: TypeAlias = int | slice | Sequence[int] | AnyArray
+
+
+class Trajectory:
+    """A training trajectory W, N parameters (rows) by T snapshots (columns).
+
+    ``open`` a recorded store, or wrap an array with ``from_array``. Nothing is read before it is asked for,
+    and everything that is read from a store is checked. A view of a store holds the snapshots that were
+    committed when it was opened.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        steps: I64,
+        columns: I64,
+        *,
+        path: Path | None = None,
+        unit: str = "step",
+        scalars: dict[str, F64] | None = None,
+    ) -> None:
+        self.source = source
+        self.path = path
+        self.unit = unit
+        """What a step counts: step, epoch, ..."""
+        self.columns = columns
+        """(T,) positions of the selected snapshots in the source."""
+        self._all_steps = steps
+        self._all_scalars = scalars or {}
+
+    # ---- where it comes from ------------------------------------------------------------------------
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Trajectory:
+        """A recorded trajectory. Raises NotAStore for anything else, StoreCorrupt for a damaged one."""
+        view = StoreView.open(Path(path))
+        return Trajectory(
+            StoreSource(view),
+            view.steps,
+            np.arange(len(view.steps)),
+            path=view.path,
+            unit=view.unit,
+            scalars=view.scalars,
+        )
+
+    @staticmethod
+    def from_array(
+        W_nt: Any,
+        steps: Sequence[int] | I64 | None = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        dtype: str | None = None,
+        rows_per_chunk: int | None = None,
+    ) -> Trajectory:
+        """A trajectory of an array (N, T): NumPy, memmap, torch, zarr, dask, ...
+
+        Without ``out`` the array is used where it lies. With ``out`` it is written as a store, in ``dtype``
+        (the array's own by default), and that is opened. float64 is rounded to float32 with a warning.
+        Raises UsageError for another shape or type, for steps that do not increase or do not match T.
+        """
+        source = ArraySource(W_nt)
+        step_t = _checked_steps(steps, source.n_snapshots)
+        if out is None:
+            if dtype not in (None, source.dtype):
+                raise UsageError(
+                    f"an array of {source.dtype} is not {dtype}", hint="convert it, or give out="
+                )
+            return Trajectory(source, step_t, np.arange(source.n_snapshots))
+        stored = fmt.storage(dtype or source.dtype)
+        _write_array(source, step_t, Path(out), stored, rows_per_chunk)
+        return Trajectory.open(out)
+
+    # ---- what it is ---------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T): rows, selected snapshots."""
+        return self.source.map.n_rows, len(self.columns)
+
+    @property
+    def dtype(self) -> str:
+        """Element type as stored: float32, float16 or bfloat16."""
+        return self.source.dtype
+
+    @property
+    def steps(self) -> I64:
+        """(T,) labels of the selected snapshots."""
+        return self._all_steps[self.columns]
+
+    @property
+    def recorded_steps(self) -> I64:
+        """Labels of all recorded snapshots, selected or not."""
+        return self._all_steps
+
+    @property
+    def scalars(self) -> dict[str, F64]:
+        """(T,) series recorded beside the weights: loss, accuracy, ...; NaN where not given."""
+        return {name: values[self.columns] for name, values in self._all_scalars.items()}
+
+    @property
+    def parameters(self) -> ParameterMap:
+        """Which tensor lies in which rows: name, kind, dtype, shape, pieces; aliases; what was skipped."""
+        return self.source.map
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights: on disk for a store, N x T elements for an array."""
+        if isinstance(self.source, StoreSource):
+            return self.source.view.stored_bytes
+        n, t = self.shape
+        return n * t * fmt.storage(self.dtype).numpy.itemsize
+
+    def __repr__(self) -> str:
+        n, t = self.shape
+        where = f" at {self.path}" if self.path else ""
+        return f"Trajectory({n} rows x {t} snapshots, {self.dtype}{where})"
+
+    # ---- selecting ----------------------------------------------------------------------------------
+
+    def sel(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        stride: int = 1,
+        steps: Sequence[int] | I64 | None = None,
+    ) -> Trajectory:
+        """Some of the snapshots; nothing is copied.
+
+        ``start, stop, stride`` are positions, with slice semantics; ``steps`` are labels and exclude the
+        other three. Raises UsageError for a selection of nothing, StepNotFound naming the nearest steps.
+        """
+        if steps is not None:
+            if start is not None or stop is not None or stride != 1:
+                raise UsageError(
+                    "sel takes either steps or start, stop, stride", hint="leave one of them out"
+                )
+            wanted = np.unique(np.asarray(steps, dtype=np.int64))
+            positions = np.array([self._position(int(step)) for step in wanted], dtype=np.int64)
+        else:
+            if stride < 1:
+                raise UsageError(f"a stride of {stride}", hint="it is at least 1")
+            positions = np.arange(len(self.columns))[start:stop:stride]
+        if not len(positions):
+            raise UsageError(
+                f"start={start}, stop={stop}, stride={stride} selects none of {len(self.columns)} snapshots",
+                hint="start and stop are positions, not steps",
+            )
+        return Trajectory(
+            self.source,
+            self._all_steps,
+            self.columns[positions],
+            path=self.path,
+            unit=self.unit,
+            scalars=self._all_scalars,
+        )
+
+    def _position(self, step: int) -> int:
+        """Position of a label among the selected snapshots; negative counts from the end."""
+        mine = self.steps
+        if step < 0 and -step <= len(mine):
+            return len(mine) + step
+        found = np.flatnonzero(mine == step)
+        if not len(found):
+            raise StepNotFound(
+                "is not among the snapshots",
+                file=self.path,
+                step=step,
+                hint=f"nearest: {nearest_steps(mine, step)}",
+            )
+        return int(found[0])
+
+    # ---- reading ------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: tuple[RowIndex, RowIndex]) -> AnyArray:
+        """``traj[rows, columns]`` as numbers, with NumPy's slice and integer semantics, axes independent.
+
+        bfloat16 comes as float32. Rows are read chunk by chunk; a whole column costs one read of it.
+        """
+        if not isinstance(index, tuple) or len(index) != 2:
+            raise UsageError("index with two axes", hint="traj[rows, snapshots], for example traj[:100, -1]")
+        rows, row_is_int = _positions(index[0], self.shape[0])
+        columns, column_is_int = _positions(index[1], self.shape[1])
+        values = self.read_rows(rows, columns)
+        if row_is_int and column_is_int:
+            return values[0, 0]
+        return values[0] if row_is_int else values[:, 0] if column_is_int else values
+
+    def read_rows(self, rows: I64, columns: I64 | None = None) -> AnyArray:
+        """(len(rows), len(columns)) values as numbers; ``columns`` are positions among the selected ones."""
+        chosen = self.columns if columns is None else self.columns[columns]
+        order, back = np.unique(rows, return_inverse=True)
+        values = fmt.widen(self.source.read_rows(order, chosen), self.dtype)
+        return values[back.reshape(-1)]
+
+    def column(self, step: int) -> SnapshotReader:
+        """One snapshot as rows of numbers; ``step`` is any recorded label, negative counts from the end."""
+        if step < 0 or step in self.steps:
+            t = int(self.columns[self._position(step)])
+        else:
+            t = int(self._everything()._position(step))
+        return SnapshotReader(self.source, t)
+
+    def _everything(self) -> Trajectory:
+        columns = np.arange(len(self._all_steps))
+        return Trajectory(self.source, self._all_steps, columns, path=self.path)
+
+    def state_dict(self, step: int, params: Patterns = None) -> OrderedDict[str, Tensor]:
+        """The recorded tensors of one step, in their own dtype: bit for bit where the store is as wide.
+
+        ``step`` is a recorded label, negative counts from the end; ``params`` are regular expressions.
+        """
+        from cmdgpu.tensors import state_dict
+
+        column = self.column(step)
+        return state_dict(self.parameters, lambda entry: column, params)
+
+    def load_into(self, model: nn.Module, step: int) -> None:
+        """Copy one recorded snapshot into the model, in place; a ModelMismatch leaves it untouched."""
+        from cmdgpu.tensors import load_into
+
+        column = self.column(step)
+        load_into(model, self.parameters, lambda entry: column, self._name)
+
+    def export(self, path: str | os.PathLike[str], step: int = -1, format: str | None = None) -> Export:
+        """Write one snapshot as ``safetensors`` or ``pt`` (told by the suffix when not given)."""
+        from cmdgpu.exporting import export_snapshot, guess_format
+
+        column, target = self.column(step), Path(path)
+        return export_snapshot(target, self.parameters, lambda entry: column, guess_format(target, format))
+
+    def verify(self, *, quick: bool = False, progress: Progress | None = None) -> list[Damage]:
+        """Damaged chunks; empty means sound. An array in memory has nothing to verify."""
+        if self.path is None:
+            return []
+        return verify_store(self.path, quick=quick, progress=progress).damaged
+
+    @property
+    def _name(self) -> str:
+        return str(self.path) if self.path else "the array"
+
+
+class SnapshotReader:
+    """One column of a source, read a chunk at a time; the last chunk is kept."""
+
+    def __init__(self, source: Source, t: int) -> None:
+        self._source = source
+        self._columns = np.array([t], dtype=np.int64)
+        self._slot = np.empty((1, source.rows), dtype=fmt.storage(source.dtype).numpy)
+        self._unit = -1
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        """Rows [start, stop) as numbers."""
+        rows = self._source.rows
+        out = np.empty(stop - start, dtype=fmt.storage(self._source.dtype).numpy)
+        for unit in range(start // rows, -(-stop // rows)):
+            self._load(unit)
+            low, high = max(start, unit * rows), min(stop, (unit + 1) * rows)
+            out[low - start : high - start] = self._slot[0, low - unit * rows : high - unit * rows]
+        return fmt.widen(out, self._source.dtype)
+
+    def _load(self, unit: int) -> None:
+        if unit == self._unit:
+            return
+        self._unit = -1
+        for task in self._source.fill_tasks(unit, unit + 1, self._columns, self._slot):
+            task()
+        self._unit = unit
+
+
+def _positions(index: RowIndex, size: int) -> tuple[I64, bool]:
+    if isinstance(index, (int, np.integer)):
+        at = int(index) + (size if index < 0 else 0)
+        if not 0 <= at < size:
+            raise UsageError(f"position {index} lies outside of {size}")
+        return np.array([at], dtype=np.int64), True
+    if isinstance(index, slice):
+        return np.arange(*index.indices(size), dtype=np.int64), False
+    found = np.asarray(cast(Any, index))
+    if found.dtype == bool:
+        if found.shape != (size,):
+            raise UsageError(f"a mask of shape {list(found.shape)} does not fit {size}")
+        return np.flatnonzero(found), False
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise UsageError(f"cannot index with an array of {found.dtype}, {found.ndim} axes")
+    found = found.astype(np.int64)
+    found = np.where(found < 0, found + size, found)
+    if len(found) and (int(found.min()) < 0 or int(found.max()) >= size):
+        raise UsageError(f"a position lies outside of {size}")
+    return found, False
+
+
+def _checked_steps(steps: Sequence[int] | I64 | None, n_snapshots: int) -> I64:
+    step_t = np.arange(n_snapshots) if steps is None else np.asarray(steps)
+    if step_t.shape != (n_snapshots,) or (n_snapshots and step_t.dtype.kind not in "iu"):
+        raise UsageError(f"{len(step_t)} steps for {n_snapshots} snapshots", hint="one integer per column")
+    step_t = step_t.astype(np.int64)
+    if n_snapshots and (step_t[0] < 0 or bool((np.diff(step_t) <= 0).any())):
+        raise UsageError("steps must increase from 0 on", hint="sort the columns by step")
+    return step_t
+
+
+def _write_array(
+    source: ArraySource, steps: I64, out: Path, stored: fmt.Storage, rows_per_chunk: int | None
+) -> None:
+    from cmdgpu.sampling import candidate_rows
+
+    n_rows = source.map.n_rows
+    rows = rows_per_chunk or fmt.default_rows_per_chunk(n_rows)
+    entry = source.map.tensors[0]
+    parameter_map = ParameterMap(
+        (TensorEntry(entry.name, "parameter", stored.name, entry.shape, entry.pieces),)
+    )
+    journal = Journal.create(
+        out,
+        parameter_map,
+        dtype=stored.name,
+        rows=rows,
+        unit="step",
+        sketch_rows=candidate_rows(parameter_map),
+    )
+    try:
+        column = np.full(fmt.round_up(n_rows, rows), stored.fill, dtype=stored.numpy)
+        for t, step in enumerate(steps.tolist()):
+            numbers = SnapshotReader(source, t).read(0, n_rows)
+            column[:n_rows] = fmt.narrow(numbers, stored.name)
+            assert journal.view.sketch_rows is not None
+            journal.append(column, step, {}, column[journal.view.sketch_rows])
+    finally:
+        journal.close()
