@@ -6,11 +6,12 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmdgpu.errors import StepNotFound, UsageError
+from cmdgpu.indexing import Index, positions
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.progress import Progress
 from cmdgpu.sources import ArraySource, Source, StoreSource
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from cmdgpu.exporting import Export
     from cmdgpu.models import Patterns
-
-RowIndex: TypeAlias = int | slice | Sequence[int] | AnyArray
 
 
 class Trajectory:
@@ -199,15 +198,15 @@ class Trajectory:
 
     # ---- reading ------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: tuple[RowIndex, RowIndex]) -> AnyArray:
+    def __getitem__(self, index: tuple[Index, Index]) -> AnyArray:
         """``traj[rows, columns]`` as numbers, with NumPy's slice and integer semantics, axes independent.
 
         bfloat16 comes as float32. Rows are read chunk by chunk; a whole column costs one read of it.
         """
         if not isinstance(index, tuple) or len(index) != 2:
             raise UsageError("index with two axes", hint="traj[rows, snapshots], for example traj[:100, -1]")
-        rows, row_is_int = _positions(index[0], self.shape[0])
-        columns, column_is_int = _positions(index[1], self.shape[1])
+        rows, row_is_int = positions(index[0], self.shape[0])
+        columns, column_is_int = positions(index[1], self.shape[1])
         values = self.read_rows(rows, columns)
         if row_is_int and column_is_int:
             return values[0, 0]
@@ -249,12 +248,19 @@ class Trajectory:
         column = self.column(step)
         load_into(model, self.parameters, lambda entry: column, self._name)
 
-    def export(self, path: str | os.PathLike[str], step: int = -1, format: str | None = None) -> Export:
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        step: int = -1,
+        format: str | None = None,
+        *,
+        params: Patterns = None,
+    ) -> Export:
         """Write one snapshot as ``safetensors`` or ``pt`` (told by the suffix when not given)."""
-        from cmdgpu.exporting import export_snapshot, guess_format
+        from cmdgpu.exporting import export_snapshot
 
-        column, target = self.column(step), Path(path)
-        return export_snapshot(target, self.parameters, lambda entry: column, guess_format(target, format))
+        column = self.column(step)
+        return export_snapshot(Path(path), self.parameters, lambda entry: column, format, params)
 
     def verify(self, *, quick: bool = False, progress: Progress | None = None) -> list[Damage]:
         """Damaged chunks; empty means sound. An array in memory has nothing to verify."""
@@ -293,28 +299,6 @@ class SnapshotReader:
         for task in self._source.fill_tasks(unit, unit + 1, self._columns, self._slot):
             task()
         self._unit = unit
-
-
-def _positions(index: RowIndex, size: int) -> tuple[I64, bool]:
-    if isinstance(index, (int, np.integer)):
-        at = int(index) + (size if index < 0 else 0)
-        if not 0 <= at < size:
-            raise UsageError(f"position {index} lies outside of {size}")
-        return np.array([at], dtype=np.int64), True
-    if isinstance(index, slice):
-        return np.arange(*index.indices(size), dtype=np.int64), False
-    found = np.asarray(cast(Any, index))
-    if found.dtype == bool:
-        if found.shape != (size,):
-            raise UsageError(f"a mask of shape {list(found.shape)} does not fit {size}")
-        return np.flatnonzero(found), False
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise UsageError(f"cannot index with an array of {found.dtype}, {found.ndim} axes")
-    found = found.astype(np.int64)
-    found = np.where(found < 0, found + size, found)
-    if len(found) and (int(found.min()) < 0 or int(found.max()) >= size):
-        raise UsageError(f"a position lies outside of {size}")
-    return found, False
 
 
 def _checked_steps(steps: Sequence[int] | I64 | None, n_snapshots: int) -> I64:

@@ -13,21 +13,31 @@ from cmdgpu.exporting import pt as _pt  # noqa: F401  registered by import
 from cmdgpu.exporting import safetensors as _safetensors
 from cmdgpu.exporting.contract import FORMATS, Export
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.tensors import Snapshot
+from cmdgpu.models import Patterns
+from cmdgpu.tensors import Snapshot, select
 
-__all__ = ["FORMATS", "Export", "export_snapshot", "guess_format"]
+__all__ = ["FORMATS", "Export", "export_snapshot"]
 
 _SUFFIXES = {".safetensors": "safetensors", ".pt": "pt", ".pth": "pt", ".bin": "pt"}
 
 
-def guess_format(path: Path, name: str | None) -> str:
-    """The format asked for, else the one the suffix tells, else safetensors."""
-    return name if name is not None else _SUFFIXES.get(path.suffix, "safetensors")
+def export_snapshot(
+    path: Path,
+    parameter_map: ParameterMap,
+    snapshot: Snapshot,
+    format: str | None = None,
+    params: Patterns = None,
+) -> Export:
+    """Write one snapshot; the suffix tells the format where none is given, safetensors where it does not.
 
-
-def export_snapshot(path: Path, parameter_map: ParameterMap, snapshot: Snapshot, format: str) -> Export:
-    """Write one snapshot. Raises UsageError for an unknown format or a directory, WriteFailed naming the file."""
-    writer = FORMATS[format]
+    Raises UsageError for an unknown format, for a directory and for ``params`` that match nothing,
+    WriteFailed naming the file.
+    """
+    name = format if format is not None else _SUFFIXES.get(path.suffix, "safetensors")
+    writer = FORMATS[name]
     if path.is_dir():
-        raise UsageError("is a directory", file=path, hint=f"name a file, e.g. {path / 'model'}.{format}")
-    return writer(path, parameter_map, snapshot)
+        raise UsageError("is a directory", file=path, hint=f"name a file, e.g. {path / 'model'}.{name}")
+    chosen = tuple(select(parameter_map, params))
+    kept = {entry.name for entry in chosen}
+    aliases = {alias: name for alias, name in parameter_map.aliases.items() if name in kept}
+    return writer(path, ParameterMap(chosen, aliases), snapshot)

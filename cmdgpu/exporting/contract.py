@@ -17,6 +17,7 @@ class Export:
     """What was written."""
 
     path: Path
+    format: str
     n_tensors: int
     n_bytes: int
     left_out: tuple[str, ...]

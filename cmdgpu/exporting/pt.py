@@ -60,7 +60,7 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
         for leftover in (scratch, temporary):
             with contextlib.suppress(FileNotFoundError):
                 leftover.unlink()
-    return Export(path, len(available), os.stat(path).st_size, left_out)
+    return Export(path, "pt", len(available), os.stat(path).st_size, left_out)
 
 
 FORMATS.add("pt", write)

@@ -46,7 +46,7 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
     durable.make_directory(path.parent)
     durable.write_file(path.parent, path.name, parts())
     durable.flush_directory(path.parent)
-    return Export(path, len(available), 8 + len(text) + end, left_out)
+    return Export(path, "safetensors", len(available), 8 + len(text) + end, left_out)
 
 
 FORMATS.add("safetensors", write)

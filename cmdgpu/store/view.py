@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cmdgpu.errors import NotAStore, StoreCorrupt
+from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
@@ -217,7 +217,7 @@ _REMEDY = "`cmdgpu verify` lists all damage; the other snapshots stay usable wit
 def require_store(path: Path) -> None:
     """Refuse a path that is not there or holds no Zarr group, in words."""
     if not path.exists():
-        raise NotAStore("there is nothing here", file=path, hint="check the path")
+        raise UsageError("there is nothing here", file=path, hint="check the path")
     if not path.is_dir() or not (path / fmt.DOCUMENT).exists():
         raise NotAStore("is no store of cmdgpu", file=path, hint="expected a folder made by Recorder or fit")
 

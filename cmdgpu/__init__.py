@@ -1,0 +1,41 @@
+"""cmdgpu: record, decompose and rebuild the training trajectory of any PyTorch model, bigger than memory.
+
+Names resolve when they are first used, so that ``import cmdgpu`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from cmdgpu import plot as plot
+    from cmdgpu.decomposition import CMD as CMD
+    from cmdgpu.errors import CmdgpuError as CmdgpuError
+    from cmdgpu.errors import CmdgpuWarning as CmdgpuWarning
+    from cmdgpu.recording import Recorder as Recorder
+    from cmdgpu.trajectory import Trajectory as Trajectory
+
+__version__ = "0.1.0"
+
+_HOMES: Final = {
+    "Recorder": "cmdgpu.recording",
+    "Trajectory": "cmdgpu.trajectory",
+    "CMD": "cmdgpu.decomposition",
+    "CmdgpuError": "cmdgpu.errors",
+    "CmdgpuWarning": "cmdgpu.errors",
+}
+
+__all__ = ["CMD", "CmdgpuError", "CmdgpuWarning", "Recorder", "Trajectory", "__version__", "plot"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "plot":
+        return importlib.import_module("cmdgpu.plot")
+    raise AttributeError(f"module 'cmdgpu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

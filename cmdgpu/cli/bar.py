@@ -1,0 +1,84 @@
+"""Progress a person can read: a bar with throughput and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from cmdgpu.memory import show_bytes
+from cmdgpu.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+
+class LineProgress:
+    """One line per 10 %: for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._total = self._done = self._shown = 0
+        self._started = 0.0
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        self._what, self._total, self._done, self._shown = what, total_bytes, 0, 0
+        self._started = time.perf_counter()
+
+    def advance(self, done_bytes: int) -> None:
+        self._done += done_bytes
+        tenth = 10 * self._done // self._total if self._total else 10
+        if tenth <= self._shown:
+            return
+        self._shown = tenth
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        speed = self._done / seconds
+        left = (self._total - self._done) / speed if speed else 0.0
+        click.echo(
+            f"{self._what}  {10 * tenth:3d} %  {show_bytes(self._done)} of {show_bytes(self._total)}  "
+            f"{speed / 1e9:.2f} GB/s  {max(left, 0.0):.0f} s left",
+            err=True,
+        )
+
+    def end(self) -> None:
+        return
+
+
+class _Bar:
+    """A rich bar, drawn on stderr."""
+
+    def __init__(self) -> None:
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task(what, total=total_bytes)
+        self._bar.start()
+
+    def advance(self, done_bytes: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, done_bytes)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def terminal_progress() -> Progress:
+    return _Bar()

@@ -1,0 +1,119 @@
+"""The one door to the kernels: devices, element types, arrays <-> tensors; refusals inside our tree of errors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import cmdgpu_kernels as kernels
+import numpy as np
+import torch
+from cmdgpu_kernels import References, RowFit
+from torch import Tensor
+
+from cmdgpu.errors import KernelError, UsageError
+from cmdgpu.notation import AnyArray
+
+__all__ = [
+    "References",
+    "RowFit",
+    "as_tensor",
+    "assign_and_fit",
+    "choose",
+    "device_class",
+    "prepare_references",
+    "resolve_device",
+    "triton_version",
+    "workspace_bytes",
+]
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device, else the CPU. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"no device named {name!r}", hint="have: auto, cpu, cuda, cuda:0, ...") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"a pass cannot run on {name!r}", hint="have: auto, cpu, cuda, cuda:0, ...")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        raise UsageError(f"asked for {name}, found {count} CUDA devices", hint="use --device cpu")
+    return torch.device("cuda", index)
+
+
+def device_class(device: torch.device) -> str:
+    """Devices of one class give the same bits; part of a result's fingerprint."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def triton_version() -> str | None:
+    """Version of triton, or None where it is not installed: it decides which kernel runs."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def as_tensor(values: AnyArray, dtype: str) -> Tensor:
+    """A NumPy array of stored elements as a tensor over the same memory; bfloat16 patterns become bfloat16."""
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def choose(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """Name of the implementation that will run, and the reasons of those that refused before it."""
+    problem = kernels.Problem(
+        dtype=dtype, snapshots=n_snapshots, modes=n_modes, device=device.type, time_major=True
+    )
+    try:
+        implementation, refusals = kernels.choose(problem)
+    except kernels.NoKernelError as error:
+        raise KernelError(str(error)) from error
+    return implementation.name, dict(refusals)
+
+
+def workspace_bytes(n_snapshots: int, n_modes: int, threads: int) -> int:
+    """Host memory the CPU implementation needs beside its input and outputs."""
+    return kernels.workspace_bytes(n_snapshots, n_modes, threads)
+
+
+def prepare_references(R_mt: AnyArray) -> References:
+    """Centre and normalise the reference profiles once, in float64; every block uses the same ones."""
+    try:
+        return kernels.prepare_references(np.asarray(R_mt))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def assign_and_fit(
+    W: Tensor | AnyArray,
+    references: References | AnyArray,
+    *,
+    time_major: bool = True,
+    device: str | torch.device | None = None,
+    implementation: str | None = None,
+) -> RowFit:
+    """Mode, a, b, correlation and ss of every row of a block in memory; see ``cmdgpu_kernels``.
+
+    W is (T, B) when ``time_major``, else (B, T); it is moved to ``device`` when one is given, and the answer
+    comes back to the CPU then. Raises KernelError with every candidate's reasons when none accepts W.
+    """
+    tensor: Any = torch.from_numpy(W) if isinstance(W, np.ndarray) else W
+    if device is not None:
+        tensor = tensor.to(device)
+    try:
+        fit = kernels.assign_and_fit(tensor, references, time_major=time_major, implementation=implementation)
+    except kernels.NoKernelError as error:
+        raise KernelError(str(error)) from error
+    if device is None:
+        return fit
+    return RowFit(fit.mode.cpu(), fit.a.cpu(), fit.b.cpu(), fit.correlation.cpu(), fit.ss.cpu(), None)

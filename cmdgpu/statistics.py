@@ -1,0 +1,138 @@
+"""What the pass learns about all rows besides their fits: sums that merge.
+
+A unit's statistics are float64 sums over its rows, kept apart by tensor and by class (non-finite, constant,
+mode 0, 1, ...), and a histogram of |corr| per mode over its parameter rows. They are added in unit order, so
+that block size, executor and resume leave the bits alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from cmdgpu.notation import F32, F64, I16, I64
+from cmdgpu.store.parameter_map import ParameterMap
+
+FIELDS: Final = ("count", "ss", "rss", "abs_corr", "corr2", "below_quantisation")
+N_BINS: Final = 256
+QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
+_FIRST_MODE: Final = 2
+"""Classes: 0 non-finite, 1 constant, then the modes."""
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    segments: F64
+    """(segments of the unit, len(FIELDS), 2 + M)"""
+    histogram: I64
+    """(M, N_BINS) of |corr|, parameter rows only."""
+
+
+def unit_statistics(
+    parameter_map: ParameterMap,
+    first_row: int,
+    *,
+    mode: I16,
+    a: F32,
+    b: F32,
+    correlation: F32,
+    ss: F32,
+    reference_means: F64,
+    n_snapshots: int,
+    epsilon: float,
+) -> UnitStatistics:
+    """Statistics of the rows [first_row, first_row + len(mode)).
+
+    rss = ss (1 - corr^2), the squared error of the row's fit. A row is below quantisation when
+    ss <= T (4 eps mean)^2, eps of the stored type: its correlation is rounding noise.
+    """
+    n_modes = len(reference_means)
+    n_classes = _FIRST_MODE + n_modes
+    segments = parameter_map.segments(first_row, first_row + len(mode))
+    sums = np.zeros((len(segments), len(FIELDS), n_classes))
+    histogram = np.zeros(n_modes * N_BINS, dtype=np.int64)
+    abs_corr = np.abs(correlation.astype(np.float64))
+    finite_ss = np.where(mode == -_FIRST_MODE, 0.0, ss.astype(np.float64))
+    rss = finite_ss * (1.0 - abs_corr**2)
+    of_row = reference_means[np.maximum(mode, 0)] if n_modes else np.zeros(len(mode))
+    mean = np.where(mode == -_FIRST_MODE, 0.0, b.astype(np.float64) + a.astype(np.float64) * of_row)
+    below = (mode >= 0) & (finite_ss <= n_snapshots * (4.0 * epsilon * mean) ** 2)
+    weights = (None, finite_ss, rss, abs_corr, abs_corr**2, below.astype(np.float64))
+    classes = mode.astype(np.int64) + _FIRST_MODE
+    bins = np.minimum((abs_corr * N_BINS).astype(np.int64), N_BINS - 1)
+    for s, segment in enumerate(segments):
+        rows = slice(segment.start - first_row, segment.stop - first_row)
+        for f, weight in enumerate(weights):
+            chosen = None if weight is None else weight[rows]
+            sums[s, f] = np.bincount(classes[rows], weights=chosen, minlength=n_classes)
+        if parameter_map.tensors[segment.tensor].kind == "parameter" and n_modes:
+            labelled = mode[rows] >= 0
+            place = mode[rows][labelled].astype(np.int64) * N_BINS + bins[rows][labelled]
+            histogram += np.bincount(place, minlength=n_modes * N_BINS)
+    return UnitStatistics(sums, histogram.reshape(n_modes, N_BINS))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Statistics of the whole trajectory."""
+
+    tensors: F64
+    """(L, len(FIELDS), 2 + M) per tensor of the parameter map"""
+    histogram: I64
+    """(M, N_BINS)"""
+
+    @staticmethod
+    def zero(parameter_map: ParameterMap, n_modes: int) -> Totals:
+        return Totals(
+            np.zeros((len(parameter_map), len(FIELDS), _FIRST_MODE + n_modes)),
+            np.zeros((n_modes, N_BINS), dtype=np.int64),
+        )
+
+    def add(self, parameter_map: ParameterMap, first_row: int, n_rows: int, unit: UnitStatistics) -> None:
+        """Merge one unit; units come in order."""
+        segments = parameter_map.segments(first_row, first_row + n_rows)
+        for segment, sums in zip(segments, unit.segments, strict=True):
+            self.tensors[segment.tensor] += sums
+        self.histogram[...] += unit.histogram
+
+
+def summarise(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> dict[str, Any]:
+    """The numbers of ``metrics_``; buffers stand apart, so that "parameters" means parameters."""
+    is_parameter = np.array([tensor.kind == "parameter" for tensor in parameter_map], dtype=bool)
+    per_class = totals.tensors[is_parameter].sum(axis=0)
+    count, ss, rss, abs_corr, corr2, below = per_class
+    moving = float(count[_FIRST_MODE:].sum())
+    finite = float(count[1:].sum())
+    energy, residual = float(ss[1:].sum()), float(rss[1:].sum())
+    nothing = float("nan")
+    return {
+        "n_rows": int(count.sum()),
+        "n_buffer_rows": int(totals.tensors[~is_parameter, 0].sum()),
+        "n_constant": int(count[1]),
+        "n_nonfinite": int(count[0]),
+        "n_below_quantisation": int(below.sum()),
+        "mode_sizes": count[_FIRST_MODE:].astype(np.int64).tolist(),
+        "mean_abs_correlation": float(abs_corr[_FIRST_MODE:].sum()) / moving if moving else nothing,
+        "r2": float(corr2[_FIRST_MODE:].sum()) / moving if moving else nothing,
+        "r2_energy": 1.0 - residual / energy if energy else nothing,
+        "weight_mse": residual / (finite * n_snapshots) if finite else nothing,
+        "mode_quantiles": [_quantiles(row) for row in totals.histogram],
+    }
+
+
+def tensor_shares(totals: Totals, parameter_map: ParameterMap) -> dict[str, list[int]]:
+    """Rows of every tensor in [non-finite, constant, mode 0, mode 1, ...]."""
+    counts = totals.tensors[:, 0].astype(np.int64)
+    return {tensor.name: counts[i].tolist() for i, tensor in enumerate(parameter_map)}
+
+
+def _quantiles(histogram: I64) -> list[float]:
+    """|corr| at QUANTILES, linear inside a bin of width 1 / N_BINS; NaN for an empty mode."""
+    total = int(histogram.sum())
+    if total == 0:
+        return [float("nan")] * len(QUANTILES)
+    reached = np.concatenate([[0.0], np.cumsum(histogram)]) / total
+    # a flat stretch of the cumulative share is an empty bin: its right edge is where the share grows on
+    return [float(np.interp(q, reached, np.arange(N_BINS + 1) / N_BINS)) for q in QUANTILES]

@@ -1,0 +1,127 @@
+"""Host -> device -> host. On the CPU there is nothing to carry; on CUDA copies and kernels overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmdgpu import ops
+from cmdgpu.notation import AnyArray
+from cmdgpu.store import format as fmt
+from cmdgpu.streaming.plan import SLOT_PADDING
+from cmdgpu.streaming.reader import Block
+
+Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
+"""One unit's (T, rows) block -> its outputs, on the same device."""
+Outputs: TypeAlias = list[tuple[Tensor, ...]]
+"""Of every unit of a block, on the host."""
+
+
+class Pending(Protocol):
+    """A block under way."""
+
+    def outputs(self) -> Outputs:
+        """Wait for it. The host slot is free afterwards."""
+        ...
+
+
+class Device(Protocol):
+    ahead: int
+    """Blocks that may be under way while another is submitted."""
+
+    def host_slot(self, n_snapshots: int, width: int, dtype: str) -> AnyArray:
+        """(T, width) view of host memory blocks are read into; rows are padded apart."""
+        ...
+
+    def submit(self, block: Block, rows: int, dtype: str, compute: Compute) -> Pending: ...
+
+
+class _Finished:
+    def __init__(self, outputs: Outputs) -> None:
+        self._outputs = outputs
+
+    def outputs(self) -> Outputs:
+        return self._outputs
+
+
+class CpuDevice:
+    """Computes in the host slot itself."""
+
+    ahead = 0
+
+    def host_slot(self, n_snapshots: int, width: int, dtype: str) -> AnyArray:
+        return np.empty((n_snapshots, width + SLOT_PADDING), dtype=fmt.storage(dtype).numpy)[:, :width]
+
+    def submit(self, block: Block, rows: int, dtype: str, compute: Compute) -> Pending:
+        W_tb = ops.as_tensor(block.W_tb, dtype)
+        return _Finished([compute(W_tb[:, i : i + rows]) for i in range(0, W_tb.shape[1], rows)])
+
+
+class CudaDevice:
+    """Pinned host slots, two device slots, a copy stream and a compute stream, ordered by events alone."""
+
+    ahead = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copy = torch.cuda.Stream(device)
+        self._compute = torch.cuda.Stream(device)
+        self._slots: list[Tensor | None] = [None, None]
+        self._computed: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+        self._pinned: dict[int, Tensor] = {}
+
+    def host_slot(self, n_snapshots: int, width: int, dtype: str) -> AnyArray:
+        shape = (n_snapshots, width + SLOT_PADDING)
+        pinned = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
+        slot = (pinned.view(torch.uint16) if dtype == "bfloat16" else pinned).numpy()[:, :width]
+        self._pinned[slot.ctypes.data] = pinned
+        return slot
+
+    def submit(self, block: Block, rows: int, dtype: str, compute: Compute) -> Pending:
+        turn, self._turn = self._turn, 1 - self._turn
+        host = self._pinned[block.W_tb.ctypes.data]
+        target = self._slots[turn]
+        if target is None:
+            target = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+            self._slots[turn] = target
+        n_snapshots, width = block.W_tb.shape
+        with torch.cuda.stream(self._copy):
+            if (before := self._computed[turn]) is not None:
+                self._copy.wait_event(before)
+            for t in range(n_snapshots):  # whole contiguous rows: a strided pinned copy may turn synchronous
+                target[t, :width].copy_(host[t, :width], non_blocking=True)
+            copied = self._copy.record_event()
+        with torch.cuda.stream(self._compute):
+            self._compute.wait_event(copied)
+            on_device = [compute(target[:, i : i + rows]) for i in range(0, width, rows)]
+            self._computed[turn] = self._compute.record_event()
+            on_host = [
+                tuple(_pinned_like(output).copy_(output, non_blocking=True) for output in outputs)
+                for outputs in on_device
+            ]
+            arrived = self._compute.record_event()
+        return _OnItsWay(on_host, on_device, arrived)
+
+
+class _OnItsWay:
+    def __init__(self, on_host: Outputs, on_device: Outputs, arrived: torch.cuda.Event) -> None:
+        self._on_host = on_host
+        self._on_device = on_device  # alive until the copies are through
+        self._arrived = arrived
+
+    def outputs(self) -> Outputs:
+        self._arrived.synchronize()
+        return self._on_host
+
+
+def _pinned_like(output: Tensor) -> Tensor:
+    return torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+
+
+def make_device(device: torch.device) -> Device:
+    return CudaDevice(device) if device.type == "cuda" else CpuDevice()
