@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
+from cmdgpu.version import __version__
+
 if TYPE_CHECKING:
     from cmdgpu import plot as plot
     from cmdgpu.decomposition import CMD as CMD
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from cmdgpu.errors import CmdgpuWarning as CmdgpuWarning
     from cmdgpu.recording import Recorder as Recorder
     from cmdgpu.trajectory import Trajectory as Trajectory
-
-__version__ = "0.1.0"
 
 _HOMES: Final = {
     "Recorder": "cmdgpu.recording",

@@ -1,20 +1,21 @@
-"""|corr| of the sampled rows -> complete linkage -> modes -> one reference row per mode (Algorithm 1, 1-4)."""
+"""|corr| of the sampled rows -> complete linkage -> modes -> a reference row per mode (Algorithm 1, 1-4)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage  # pyright: ignore[reportMissingTypeStubs]
+import scipy.cluster.hierarchy  # pyright: ignore[reportMissingTypeStubs]
 from scipy.spatial.distance import squareform  # pyright: ignore[reportMissingTypeStubs]
 
 from cmdgpu.errors import CmdgpuWarning, UsageError
-from cmdgpu.notation import CONSTANT, F64, I16, I64, MAX_MODES, NON_FINITE
+from cmdgpu.notation import CONSTANT, F64, I16, I64, MAX_MODES, NON_FINITE, BoolArray
 from cmdgpu.registry import Registry
 
+_HIERARCHY: Any = scipy.cluster.hierarchy  # SciPy ships no types
 _FLOAT32 = np.finfo(np.float32)
 _SAME: Final = 1e-12
 """Distances below are rounding: rows that are affine images of each other."""
@@ -40,13 +41,13 @@ def moving_rows(sample_kt: F64) -> tuple[F64, I16]:
     Rows are shifted by their first snapshot before their mean is taken, and the limits of float32 apply, so
     that a row is constant here exactly when it is in the pass.
     """
-    finite = np.isfinite(sample_kt).all(axis=1)
-    shifted = np.where(finite[:, None], sample_kt - sample_kt[:, :1], 0.0)
+    finite = cast(BoolArray, np.all(np.isfinite(sample_kt), axis=1))[:, None]
+    shifted = np.where(finite, sample_kt - sample_kt[:, :1], 0.0)
     centred = shifted - shifted.mean(axis=1, keepdims=True)
     ss = np.einsum("kt,kt->k", centred, centred)
     why = np.zeros(len(sample_kt), dtype=np.int16)
     why[ss < float(_FLOAT32.tiny)] = CONSTANT
-    why[~finite | (ss > float(_FLOAT32.max))] = NON_FINITE
+    why[~finite[:, 0] | (ss > float(_FLOAT32.max))] = NON_FINITE
     norm = np.sqrt(np.where(why == 0, ss, 1.0))
     return np.where((why == 0)[:, None], centred / norm[:, None], 0.0), why
 
@@ -75,7 +76,7 @@ def _abs_corr(corr: F64) -> F64:
 
 
 def _corr_profile(corr: F64) -> F64:
-    """Euclidean distance between the rows of the |corr| matrix, by one product and not K^2 row differences."""
+    """Euclidean distance between rows of the |corr| matrix, by one product and not K^2 differences."""
     gram = np.einsum("ik,jk->ij", corr, corr) if len(corr) <= 2048 else corr @ corr.T
     square = np.diag(gram)[:, None] + np.diag(gram)[None, :] - 2.0 * gram
     return np.sqrt(np.maximum(square, 0.0))
@@ -92,7 +93,9 @@ def check_stopping_rule(n_modes: int | None, threshold: float | None) -> None:
     """Raises UsageError for an M or a t that cuts nothing."""
     if threshold is not None:
         if not threshold >= 0 or not np.isfinite(threshold):
-            raise UsageError(f"a threshold of {threshold}", hint="it is a distance: 0 or more; 0.05 is strict")
+            raise UsageError(
+                f"a threshold of {threshold}", hint="it is a distance: 0 or more; 0.05 is strict"
+            )
     elif n_modes is None or not 1 <= n_modes <= MAX_MODES:
         raise UsageError(f"{n_modes} modes", hint=f"give 1 to {MAX_MODES}, or a threshold")
 
@@ -123,17 +126,17 @@ def cluster_sample(
         )
         return Clustering(labels, np.empty(0, np.int64), np.empty((0, 4)))
     corr = absolute_correlation(sample_kt[moving])
-    tree = np.empty((0, 4))
+    tree: F64 = np.empty((0, 4))
     clusters = np.ones(len(moving), dtype=np.int64)
     if len(moving) > 1:
         distance = distance_of(corr)
         distance[distance < _SAME] = 0.0
         np.fill_diagonal(distance, 0.0)
-        tree = np.asarray(linkage(squareform(distance, checks=False), method="complete"))
+        tree = np.asarray(_HIERARCHY.linkage(squareform(distance, checks=False), method="complete"))
         rule, cut = ("maxclust", n_modes) if threshold is None else ("distance", threshold)
-        clusters = np.asarray(fcluster(tree, cut, criterion=rule), dtype=np.int64)
+        clusters = np.asarray(_HIERARCHY.fcluster(tree, cut, criterion=rule), dtype=np.int64)
     modes = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
-    references = [members[_central(corr, members)] for members in modes]
+    references = [int(members[_central(corr, members)]) for members in modes]
     order = sorted(range(len(modes)), key=lambda m: (-len(modes[m]), references[m]))
     if len(order) > MAX_MODES:
         raise UsageError(f"a threshold of {threshold} leaves {len(order)} modes", hint="raise it")
@@ -145,12 +148,12 @@ def cluster_sample(
             CmdgpuWarning,
             stacklevel=2,
         )
-    return Clustering(labels, moving[[int(references[m]) for m in order]], tree)
+    return Clustering(labels, moving[[references[m] for m in order]], tree)
 
 
 def _central(corr: F64, members: I64) -> int:
     """Position, among the members, of the row closest to all; sums that differ by rounding are a tie."""
-    sums = corr[np.ix_(members, members)].sum(axis=1)
+    sums = cast(F64, corr[np.ix_(members, members)].sum(axis=1))
     return int(np.argmax(np.round(sums, 10)))
 
 

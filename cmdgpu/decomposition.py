@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmdgpu import __version__
 from cmdgpu.clustering import AFFINITIES, check_stopping_rule, cluster_sample, clustering_bytes
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, MemoryLimitError, StepNotFound, UsageError, printable
 from cmdgpu.memory import default_limit, parse_bytes, show_bytes
@@ -32,11 +31,12 @@ from cmdgpu.results import (
 )
 from cmdgpu.sampling import SAMPLINGS, draw_sample
 from cmdgpu.sources import StoreSource
-from cmdgpu.statistics import QUANTILES, tensor_shares
+from cmdgpu.statistics import tensor_shares
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import nearest_steps
 from cmdgpu.store.parameter_map import TensorEntry
 from cmdgpu.trajectory import SnapshotReader, Trajectory
+from cmdgpu.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,16 +56,16 @@ class CMD:
     >>> cmd.load_into(model, step=-1)                                               # doctest: +SKIP
 
     n_modes       M, the largest number of clusters; ignored when a threshold is given
-    threshold     cut the sample at this distance instead; with abs-corr every pair of sampled rows in a mode
-                  then has |corr| >= 1 - threshold
+    threshold     cut the sample at this distance instead; with abs-corr every pair of sampled rows of a
+                  mode then has |corr| >= 1 - threshold
     n_samples     K, rows that are clustered; the paper uses 1000
     sampling      "layer-balanced" (paper, section 8.2) or "uniform"
     affinity      "abs-corr": 1 - |corr|;  "corr-profile": distance between rows of the |corr| matrix
     random_state  seed of the sample
     device        "auto", "cpu", "cuda", "cuda:1"
 
-    After ``fit``: ``n_modes_``, ``references_`` (M, T), ``reference_rows_`` (M,), ``labels_``, ``a_``, ``b_``,
-    ``correlation_`` (N,), ``metrics_``, ``linkage_``. A row that never moves has label -1, a = 0 and b = its
+    After ``fit``: ``n_modes_``, ``references_`` (M, T), ``reference_rows_`` (M,), ``labels_``, ``a_``,
+    ``b_``, ``correlation_`` (N,), ``metrics_``, ``linkage_``. A row that never moves has label -1, a = 0 and b = its
     value; a row with NaN or infinity has label -2 and b = NaN.
     """
 
@@ -162,7 +162,8 @@ class CMD:
         needed = clustering_bytes(k)
         if needed > limit:
             raise MemoryLimitError(
-                f"clustering {k} sampled rows needs {show_bytes(needed)}, the memory limit is {show_bytes(limit)}",
+                f"clustering {k} sampled rows needs {show_bytes(needed)}, "
+                f"the memory limit is {show_bytes(limit)}",
                 hint=f"give {-(-needed // (1 << 20))}MiB or more, or sample fewer rows",
             )
 
@@ -323,29 +324,18 @@ class CMD:
         """The fit in words: modes, sizes, |corr|, R^2, error, bytes, seconds."""
         metrics = self.metrics_
         n = max(int(metrics["n_rows"]), 1)
+        stored, original = show_bytes(metrics["result_bytes"]), show_bytes(metrics["trajectory_bytes"])
         lines = [
             f"CMD  {self.n_modes_} modes, {metrics['n_rows']} parameters x {len(self.steps_)} snapshots, "
             f"{metrics['n_samples']} rows sampled",
-            " mode        rows    share   |corr| median    5-95 %       reference",
-        ]
-        for m in range(self.n_modes_):
-            low, _, median, _, high = metrics["mode_quantiles"][m]
-            size = metrics["mode_sizes"][m]
-            where = self.result.frame.map.locate(int(self.reference_rows_[m]))
-            lines.append(
-                f"{m:5d}  {size:10d}  {100 * size / n:6.2f} %   {median:13.3f}  {low:.3f}-{high:.3f}   {where}"
-            )
-        lines.append(
+            " mode        rows    share   |corr| median       5-95 %    reference",
+            *(self._mode_line(m, metrics, n) for m in range(self.n_modes_)),
             f"mean |corr| {metrics['mean_abs_correlation']:.4f}   R^2 {metrics['r2']:.4f} "
-            f"(by energy {metrics['r2_energy']:.4f})   mean squared error {metrics['weight_mse']:.3g}"
-        )
-        lines.append(
+            f"(by energy {metrics['r2_energy']:.4f})   mean squared error {metrics['weight_mse']:.3g}",
             f"constant {metrics['n_constant']} rows   non-finite {metrics['n_nonfinite']}   "
-            f"below quantisation {metrics['n_below_quantisation']}   buffers apart {metrics['n_buffer_rows']} rows"
-        )
-        lines.append(
-            f"{show_bytes(metrics['result_bytes'])} for a trajectory of {show_bytes(metrics['trajectory_bytes'])}"
-        )
+            f"below quantisation {metrics['n_below_quantisation']}   buffers apart {metrics['n_buffer_rows']} rows",
+            f"{stored} for a trajectory of {original}",
+        ]
         if self._run:
             lines.append(
                 f"pass {self._run['stage_s']['pass']:.2f} s, {self._run['bytes_per_s'] / 1e9:.2f} GB/s, "
@@ -354,6 +344,13 @@ class CMD:
         if len(self.steps_) < 3:
             lines.append("fewer than three snapshots: every |corr| is 1 or undefined and means nothing")
         return "\n".join(lines)
+
+    def _mode_line(self, m: int, metrics: dict[str, Any], n_rows: int) -> str:
+        low, _, median, _, high = metrics["mode_quantiles"][m]
+        size = metrics["mode_sizes"][m]
+        where = self.result.frame.map.locate(int(self.reference_rows_[m]))
+        share = f"{100 * size / n_rows:6.2f} %"
+        return f"{m:5d}  {size:10d}  {share}   {median:13.4f}  {low:.4f}-{high:.4f}   {where}"
 
     def __repr__(self) -> str:
         rule = f"n_modes={self.n_modes}" if self.threshold is None else f"threshold={self.threshold}"
@@ -494,7 +491,8 @@ def _source_identity(traj: Trajectory, out: Path | None) -> dict[str, Any]:
     identity: dict[str, Any] = {"steps": traj.steps.tolist(), "dtype": traj.dtype}
     if isinstance(traj.source, StoreSource):
         view = traj.source.view
-        chosen = "".join(view.digests[t] for t in traj.columns.tolist())
+        positions: list[int] = traj.columns.tolist()
+        chosen = "".join(view.digests[t] for t in positions)
         identity["layout"] = view.layout
         identity["digest"] = fmt.sha256(view.layout.encode(), chosen.encode())
     elif out is not None:
@@ -536,5 +534,3 @@ def _run_figures(report: PassReport, stage_s: dict[str, float], device: str, nam
         "planned_bytes": report.plan.needed_bytes,
         "stage_s": stage_s,
     }
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The bare model inside DataParallel, DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
+            model = cast(nn.Module, model.module)
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
@@ -76,7 +76,9 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Kind, Tensor]]:
     found: list[tuple[str, Kind, Tensor]] = [
         (name, "parameter", p) for name, p in model.named_parameters(remove_duplicate=False)
     ]
-    found += [(name, "buffer", b) for name, b in model.named_buffers(remove_duplicate=False) if name in kept]
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in kept:
+            found.append((name, "buffer", buffer))
     return [(name.replace("_orig_mod.", ""), kind, tensor) for name, kind, tensor in found]
 
 

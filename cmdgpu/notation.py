@@ -25,6 +25,7 @@ F64: TypeAlias = NDArray[np.float64]
 I16: TypeAlias = NDArray[np.int16]
 I64: TypeAlias = NDArray[np.int64]
 U8: TypeAlias = NDArray[np.uint8]
+BoolArray: TypeAlias = NDArray[np.bool_]
 AnyArray: TypeAlias = NDArray[Any]
 
 CONSTANT: Final = -1

@@ -1,4 +1,4 @@
-"""The one door to the kernels: devices, element types, arrays <-> tensors; refusals inside our tree of errors."""
+"""The one door to the kernels: devices, element types, arrays <-> tensors, refusals as errors of ours."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ def triton_version() -> str | None:
 
 
 def as_tensor(values: AnyArray, dtype: str) -> Tensor:
-    """A NumPy array of stored elements as a tensor over the same memory; bfloat16 patterns become bfloat16."""
-    tensor = torch.from_numpy(values)
+    """Stored elements as a tensor over the same memory; bfloat16 patterns become bfloat16."""
+    tensor = torch.as_tensor(values)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-def choose(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> tuple[str, dict[str, tuple[str, ...]]]:
+def choose(
+    dtype: str, n_snapshots: int, n_modes: int, device: torch.device
+) -> tuple[str, dict[str, tuple[str, ...]]]:
     """Name of the implementation that will run, and the reasons of those that refused before it."""
     problem = kernels.Problem(
         dtype=dtype, snapshots=n_snapshots, modes=n_modes, device=device.type, time_major=True
@@ -107,7 +109,7 @@ def assign_and_fit(
     W is (T, B) when ``time_major``, else (B, T); it is moved to ``device`` when one is given, and the answer
     comes back to the CPU then. Raises KernelError with every candidate's reasons when none accepts W.
     """
-    tensor: Any = torch.from_numpy(W) if isinstance(W, np.ndarray) else W
+    tensor: Any = torch.as_tensor(W)
     if device is not None:
         tensor = tensor.to(device)
     try:

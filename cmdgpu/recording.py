@@ -138,7 +138,7 @@ class Recorder:
             raise UsageError(
                 f"step {step} cannot follow step {self._last_step}",
                 file=self.path,
-                hint=f"steps increase; to go back, open Recorder(path, rewind_to=...) at a step before {step}",
+                hint=f"steps increase; to go back, Recorder(path, rewind_to=...) with a step before {step}",
             )
         self._settle()
         parameter_map, tensors = describe_model(model, self._choice)

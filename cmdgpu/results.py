@@ -1,4 +1,4 @@
-"""A decomposition, in memory or on disk: references, four numbers per row, statistics; units and their ledger.
+"""A decomposition, in memory or on disk: references, four numbers per row, statistics; units, their ledger.
 
 On disk a running fit lives under ``<out>.<fingerprint>.partial`` and gets its name when it is complete. A
 unit's chunks are made durable first, then its done record, which binds them to the run: a killed fit goes on
@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, cast
 import numpy as np
 
 from cmdgpu.errors import CmdgpuError, NotAStore, StoreCorrupt, StoreExists
-from cmdgpu.indexing import positions
+from cmdgpu.indexing import Index, positions
 from cmdgpu.notation import F32, F64, I16, I64, U8, AnyArray
 from cmdgpu.progress import Progress, Silent
 from cmdgpu.statistics import FIELDS, N_BINS, Totals, UnitStatistics, summarise
@@ -233,7 +233,10 @@ class MemoryWriter:
         return Result(
             frame=self._frame,
             modes=self.modes,
-            **self._arrays,
+            mode=self._arrays["mode"],
+            a=self._arrays["a"],
+            b=self._arrays["b"],
+            correlation=self._arrays["correlation"],
             totals=totals,
             provenance=self._provenance.to_json(),
             n_bytes=result_bytes(n_rows, self.modes.n_modes, n_snapshots),
@@ -271,7 +274,7 @@ def require_result(out: Path) -> None:
 def progress_of(partial: Path) -> tuple[int, int]:
     """(units done, units in all) of an unfinished fit."""
     document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
-    done = sum(1 for file in (partial / _DONE).glob("c.*.0"))
+    done = len(list((partial / _DONE).glob("c.*.0")))
     return done, int(document["attributes"]["cmdgpu"]["units"]["count"])
 
 
@@ -328,7 +331,7 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
             _create_array(building, name, values.shape, chunks, kind, dims, 0)
             if values.size:
                 file = fmt.chunk_name(*[0] * values.ndim)
-                durable.write_file(building / name, file, [memoryview(values).cast("B"), crc32c(values)])
+                durable.write_file(building / name, file, [durable.bytes_of(values), crc32c(values)])
         n, units = frame.n_rows, frame.n_units
         for name, (kind, fill) in fmt.RESULT_ROWS.items():
             _create_array(building, name, (n,), (frame.rows,), kind, ("parameter",), fill)
@@ -412,7 +415,9 @@ class _Ledger:
         start, stop = self.frame.unit(unit)
         return StoreCorrupt(
             f"rows {start}..{stop - 1} of {name}: {problem}",
-            file=self.file(name, unit) if name in self._chunks else self.path / name / fmt.chunk_name(unit, 0),
+            file=self.file(name, unit)
+            if name in self._chunks
+            else self.path / name / fmt.chunk_name(unit, 0),
             tensor=self.frame.map.name_rows(start, stop),
             hint="fit again into a new output; `cmdgpu verify` lists all damage",
         )
@@ -485,7 +490,7 @@ class StoredWriter:
 
         def put(name: str) -> bytes:
             file, crc = self._ledger.file(name, unit), crc32c(chunks[name])
-            durable.write_file(file.parent, file.name, [memoryview(chunks[name]).cast("B"), crc])
+            durable.write_file(file.parent, file.name, [durable.bytes_of(chunks[name]), crc])
             durable.flush_directory(file.parent)
             return crc
 
@@ -593,10 +598,10 @@ class StoredRows:
     def __getitem__(self, index: Any, /) -> Any:
         """NumPy's semantics; only the units that are touched are read."""
         if isinstance(index, slice):
-            start, stop, stride = index.indices(len(self))
+            start, stop, stride = cast(slice, index).indices(len(self))
             if stride == 1:
                 return self._range(start, max(stop, start))
-        wanted, single = positions(index, len(self))
+        wanted, single = positions(cast(Index, index), len(self))
         rows = self._ledger.frame.rows
         out = np.empty(wanted.shape, dtype=self.dtype)
         for unit in np.unique(wanted // rows).tolist():
@@ -638,7 +643,10 @@ def open_result(path: Path) -> Result:
     return Result(
         frame=ledger.frame,
         modes=modes,
-        **{name: StoredRows(ledger, name) for name in fmt.RESULT_ROWS},
+        mode=StoredRows(ledger, "mode"),
+        a=StoredRows(ledger, "a"),
+        b=StoredRows(ledger, "b"),
+        correlation=StoredRows(ledger, "correlation"),
         totals=ledger.totals(modes.n_modes),
         provenance={part: head[part] for part in ("source", "config", "code", "origin")},
         n_bytes=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
@@ -675,7 +683,14 @@ def _unit_damage(ledger: _Ledger, unit: int, quick: bool) -> list[Damage]:
         file = Path(error.file or os.fspath(ledger.path))
         tensors = ledger.frame.map.name_rows(start, stop)
         damaged.append(
-            Damage(str(file), file.parent.name, error.message.rpartition(": ")[2], None, (start, stop - 1), tensors)
+            Damage(
+                str(file),
+                file.parent.name,
+                error.message.rpartition(": ")[2],
+                None,
+                (start, stop - 1),
+                tensors,
+            )
         )
 
     if not quick:
@@ -696,7 +711,7 @@ def _unit_damage(ledger: _Ledger, unit: int, quick: bool) -> list[Damage]:
 
 
 def kind_of(path: Path) -> str:
-    """"trajectory" or "result", told by the group document. Raises UsageError, NotAStore, StoreCorrupt."""
+    """ "trajectory" or "result", told by the group document. Raises UsageError, NotAStore, StoreCorrupt."""
     require_result(path)
     document = fmt.parse(fmt.read_bytes(path / fmt.DOCUMENT), path / fmt.DOCUMENT)
     attributes = document.get("attributes")

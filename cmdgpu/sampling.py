@@ -1,8 +1,8 @@
 """Which rows are clustered, from the parameter map alone.
 
-Every draw is without replacement. A trajectory has fixed *candidates*, drawn once with seed 0; a recorder keeps
-their values in the ``sketch``, so that sampling a terabyte store reads megabytes. Every sample of up to half
-as many rows is drawn from them by the user's seed: a store, its sketch and an array in memory give the same
+Every draw is without replacement. A trajectory has fixed *candidates*, drawn once with seed 0; a recorder
+keeps their values in the ``sketch``, so that sampling a terabyte store reads megabytes. A sample of up to
+half as many rows is drawn from them by the user's seed: a store, its sketch and an array in memory give the same
 sample. The random numbers are taken raw from PCG64, whose stream is fixed, and not from a library's sampling
 routine, whose stream may change with its version.
 """
@@ -43,7 +43,7 @@ class _Stream:
 
     def subset(self, n: int, k: int) -> I64:
         """k distinct integers below n, ascending, all subsets equally likely (Floyd's algorithm)."""
-        raws = self._bits.random_raw(k).tolist() if k else []
+        raws: list[int] = np.asarray(self._bits.random_raw(k)).tolist() if k else []
         chosen: set[int] = set()
         for top, raw in zip(range(n - k, n), raws, strict=True):
             drawn = (raw * (top + 1)) >> 64

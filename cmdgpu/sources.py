@@ -125,7 +125,8 @@ class StoreSource:
         units = np.unique(rows // self.rows).tolist()
         with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="cmdgpu-read") as pool:
             for batch in _batches(itertools.product(units, range(len(columns))), 64):
-                list(pool.map(lambda place: read(*place), batch))
+                for done in [pool.submit(read, i, j) for i, j in batch]:
+                    done.result()
         return out
 
     def in_sketch(self, rows: I64) -> bool:
@@ -192,9 +193,10 @@ class ArraySource:
 
     def fill_bytes(self, n_columns: int) -> int:
         """A slab as it comes and one as it is chosen; views of a plain array cost nothing."""
-        plain = isinstance(self._W_nt, np.ndarray) and self._W_nt.dtype == fmt.storage(self.dtype).numpy
+        stored = fmt.storage(self.dtype).numpy
+        plain = type(self._W_nt).__module__ == "numpy" and self._W_nt.dtype == stored
         slab = 0 if plain else self._shape[1] * 8
-        return READS_IN_FLIGHT * _SLAB_ROWS * (slab + n_columns * fmt.storage(self.dtype).numpy.itemsize)
+        return READS_IN_FLIGHT * _SLAB_ROWS * (slab + n_columns * stored.itemsize)
 
     def read_rows(self, rows: I64, columns: I64) -> AnyArray:
         out = np.empty((len(rows), len(columns)), dtype=fmt.storage(self.dtype).numpy)

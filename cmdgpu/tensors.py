@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmdgpu.errors import CmdgpuWarning, ModelMismatch, UsageError
 from cmdgpu.models import Patterns, compile_patterns, named_tensors, unwrap
 from cmdgpu.notation import AnyArray
+from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
 
 BLOCK_ROWS: Final = 1 << 18
@@ -47,7 +48,12 @@ def flat_blocks(entry: TensorEntry, source: RowSource) -> Iterator[Tensor]:
     for piece in entry.pieces:
         for start in range(piece.row, piece.stop, BLOCK_ROWS):
             values = source.read(start, min(start + BLOCK_ROWS, piece.stop))
-            yield torch.from_numpy(values).to(torch_dtype(entry))
+            yield torch.as_tensor(values).to(torch_dtype(entry))
+
+
+def raw_bytes(block: Tensor) -> memoryview:
+    """The elements of a 1-D tensor as they lie in memory, little-endian."""
+    return bytes_of(block.contiguous().view(torch.uint8).numpy())
 
 
 def build(entry: TensorEntry, source: RowSource) -> Tensor:
@@ -58,7 +64,7 @@ def build(entry: TensorEntry, source: RowSource) -> Tensor:
         flat = box.reshape(-1) if box.is_contiguous() else torch.empty(piece.n_rows, dtype=out.dtype)
         for start in range(piece.row, piece.stop, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, piece.stop)
-            flat[start - piece.row : stop - piece.row] = torch.from_numpy(source.read(start, stop))
+            flat[start - piece.row : stop - piece.row] = torch.as_tensor(source.read(start, stop))
         if not box.is_contiguous():
             box.copy_(flat.reshape(piece.size))
     return out

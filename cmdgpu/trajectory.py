@@ -6,12 +6,12 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from cmdgpu.errors import StepNotFound, UsageError
-from cmdgpu.indexing import Index, positions
+from cmdgpu.indexing import positions
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.progress import Progress
 from cmdgpu.sources import ArraySource, Source, StoreSource
@@ -198,15 +198,16 @@ class Trajectory:
 
     # ---- reading ------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: tuple[Index, Index]) -> AnyArray:
+    def __getitem__(self, index: Any) -> AnyArray:
         """``traj[rows, columns]`` as numbers, with NumPy's slice and integer semantics, axes independent.
 
         bfloat16 comes as float32. Rows are read chunk by chunk; a whole column costs one read of it.
         """
-        if not isinstance(index, tuple) or len(index) != 2:
-            raise UsageError("index with two axes", hint="traj[rows, snapshots], for example traj[:100, -1]")
-        rows, row_is_int = positions(index[0], self.shape[0])
-        columns, column_is_int = positions(index[1], self.shape[1])
+        axes = cast(tuple[Index, ...], index if isinstance(index, tuple) else (index,))
+        if len(axes) != 2:
+            raise UsageError(f"{len(axes)} axes for a trajectory of two", hint="write traj[:100, -1]")
+        rows, row_is_int = positions(axes[0], self.shape[0])
+        columns, column_is_int = positions(axes[1], self.shape[1])
         values = self.read_rows(rows, columns)
         if row_is_int and column_is_int:
             return values[0, 0]

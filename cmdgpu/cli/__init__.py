@@ -11,8 +11,8 @@ from typing import Final
 
 import click
 
-from cmdgpu import __version__
 from cmdgpu.cli.outcome import fail_usage
+from cmdgpu.version import __version__
 
 _COMMANDS: Final = {
     "demo": "train on real digits, record, decompose, rebuild, draw: the whole way in two minutes",
@@ -43,7 +43,9 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="cmdgpu")
 def cli() -> None:
     """Record, decompose and rebuild the training trajectory of any PyTorch model, bigger than memory.

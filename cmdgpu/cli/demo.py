@@ -25,6 +25,3 @@ def run(context: Context, *, directory: Path, device: str, seed: int, epochs: in
 
     report = run_demo(directory, seed=seed, epochs=epochs, device=device, progress=context.progress)
     return Outcome(report.to_json(), report.table())
-
-
-

@@ -6,9 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from typing import Any
-
-import click  # noqa: F401  the command decorator rests on it
+from typing import Any, cast
 
 from cmdgpu.cli.outcome import Context, Outcome, command
 from cmdgpu.errors import CmdgpuError
@@ -28,10 +26,14 @@ def run(context: Context) -> Outcome:
     from cmdgpu import ops
 
     devices: list[dict[str, Any]] = [
-        {"name": "cpu", "memory_bytes": psutil.virtual_memory().total, "capability": ops.device_class(torch.device("cpu"))}
+        {
+            "name": "cpu",
+            "memory_bytes": psutil.virtual_memory().total,
+            "capability": ops.device_class(torch.device("cpu")),
+        }
     ]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        found = torch.cuda.get_device_properties(i)
+        found = cast(Any, torch.cuda).get_device_properties(i)
         devices.append(
             {
                 "name": f"cuda:{i} {found.name}",
@@ -67,7 +69,9 @@ def run(context: Context) -> Outcome:
         "problems": problems,
     }
     lines = [
-        "  ".join(f"{n} {payload[n] or 'absent'}" for n in ("python", "torch", "triton", "zarr", "numcodecs")),
+        "  ".join(
+            f"{n} {payload[n] or 'absent'}" for n in ("python", "torch", "triton", "zarr", "numcodecs")
+        ),
         f"{payload['platform']}, {payload['cpu_count']} cores: {promise}",
     ]
     for device in devices:
@@ -94,8 +98,7 @@ def _try_known_answer(device: str) -> None:
 
     r = np.sin(np.arange(16, dtype=np.float32))
     fit = ops.assign_and_fit(np.stack([2 * r + 3, -r], axis=1), r[None], device=device)
-    if not np.allclose(fit.a.numpy(), [2, -1], atol=1e-5) or not np.allclose(fit.b.numpy(), [3, 0], atol=1e-5):
-        raise CmdgpuError(f"a, b = {fit.a.tolist()}, {fit.b.tolist()} where [2, -1], [3, 0] were due")
-
-
-
+    if not np.allclose(fit.a.numpy(), [2, -1], atol=1e-5) or not np.allclose(
+        fit.b.numpy(), [3, 0], atol=1e-5
+    ):
+        raise CmdgpuError(f"a, b = {fit.a.numpy()}, {fit.b.numpy()} where [2, -1], [3, 0] were due")

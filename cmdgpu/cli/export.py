@@ -53,6 +53,3 @@ def run(
     }
     text = f"wrote {out}: step {label}, {written.n_tensors} tensors, {show_bytes(written.n_bytes)}"
     return Outcome(payload, text)
-
-
-

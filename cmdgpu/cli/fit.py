@@ -23,7 +23,9 @@ from cmdgpu.memory import MemoryMeter, show_bytes
 @click.option("--affinity", default="abs-corr", show_default=True, help="abs-corr or corr-profile.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
-@click.option("--memory-limit", help="Host memory of the fit: 512MiB, 4GiB.  [default: a quarter of what is free]")
+@click.option(
+    "--memory-limit", help="Host memory of the fit: 512MiB, 4GiB.  [default: a quarter of what is free]"
+)
 @click.option("--start", type=int, help="First snapshot, as a position.")
 @click.option("--stop", type=int, help="Snapshot to stop before, as a position.")
 @click.option("--stride", type=int, default=1, show_default=True, help="Every how many snapshots.")
@@ -98,6 +100,3 @@ def _payload(metrics: dict[str, Any], out: Path, meter: MemoryMeter) -> dict[str
         "peak_rss_bytes": meter.above_start_bytes,
         "peak_device_bytes": device_bytes,
     }
-
-
-

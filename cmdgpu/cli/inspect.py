@@ -39,7 +39,9 @@ def run(context: Context, *, path: Path, tensors: bool) -> Outcome:
         lines += [
             f"  {printable(t.name):{width}}  {t.kind:9}  {t.dtype:9}  {list(t.shape)}" for t in parameter_map
         ]
-        lines += [f"  {printable(alias)} is {printable(name)}" for alias, name in parameter_map.aliases.items()]
+        lines += [
+            f"  {printable(alias)} is {printable(name)}" for alias, name in parameter_map.aliases.items()
+        ]
     return Outcome({"kind": kind, **payload}, "\n".join(lines))
 
 
@@ -74,9 +76,10 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
     when = f"{traj.unit}s {span['first']}..{span['last']}" if len(steps) else "nothing recorded yet"
     lines = [
         f"trajectory  {path}",
-        f"  {traj.shape[0]} rows x {traj.shape[1]} snapshots, {traj.dtype}, {show_bytes(traj.stored_bytes)}, {when}",
-        f"  {len(mapped)} tensors: {payload['n_parameters']} parameters, {payload['n_buffers']} buffer elements, "
-        f"{len(mapped.aliases)} tied names",
+        f"  {traj.shape[0]} rows x {traj.shape[1]} snapshots, {traj.dtype}, "
+        f"{show_bytes(traj.stored_bytes)}, {when}",
+        f"  {len(mapped)} tensors: {payload['n_parameters']} parameters, "
+        f"{payload['n_buffers']} buffer elements, {len(mapped.aliases)} tied names",
         f"  chunks of {view.rows} rows, {payload['sketch_rows']} candidates in the sketch",
         f"  scalars: {', '.join(payload['scalars']) or 'none'}",
     ]
@@ -111,6 +114,3 @@ def _result(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         lines.append(f"  mode sizes {metrics['mode_sizes']}")
         lines.append(f"  mean |corr| {metrics['mean_abs_correlation']}, R^2 {metrics['r2']}")
     return payload, lines, found.frame.map
-
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -10,16 +11,16 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, ParamSpec, cast
 
 import click
 
-from cmdgpu import __version__
 from cmdgpu.cli.bar import LineProgress, terminal_progress
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, UsageError
 from cmdgpu.progress import Progress, Silent
+from cmdgpu.version import __version__
 
 _SCHEMA = 1
 P = ParamSpec("P")
@@ -121,16 +122,10 @@ def _run(
     sys.exit(code)
 
 
-class _warnings_to(warnings.catch_warnings):  # noqa: N801  used like a function
+@contextlib.contextmanager
+def _warnings_to(context: Context, quiet: bool) -> Generator[None]:
     """Our warnings become lines on stderr and entries of the JSON object; others stay what they are."""
-
-    def __init__(self, context: Context, quiet: bool) -> None:
-        super().__init__()
-        self._context = context
-        self._quiet = quiet
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("always", CmdgpuWarning)
         others = warnings.showwarning
 
@@ -140,11 +135,12 @@ class _warnings_to(warnings.catch_warnings):  # noqa: N801  used like a function
             if not issubclass(category, CmdgpuWarning):
                 others(message, category, filename, lineno, *rest)
                 return
-            self._context.warned.append(str(message))
-            if not self._quiet:
+            context.warned.append(str(message))
+            if not quiet:
                 click.echo(f"warning: {message}", err=True)
 
         warnings.showwarning = show
+        yield
 
 
 def _error_fields(error: CmdgpuError) -> dict[str, Any]:

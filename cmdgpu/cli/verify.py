@@ -38,6 +38,3 @@ def run(context: Context, *, path: Path, quick: bool) -> Outcome:
         "damaged": [damage.to_json() for damage in found.damaged],
     }
     return Outcome(payload, "\n".join(lines), ok=not found.damaged)
-
-
-

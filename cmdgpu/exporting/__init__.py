@@ -9,15 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from cmdgpu.errors import UsageError
-from cmdgpu.exporting import pt as _pt  # noqa: F401  registered by import
-from cmdgpu.exporting import safetensors as _safetensors
+from cmdgpu.exporting import pt, safetensors
 from cmdgpu.exporting.contract import FORMATS, Export
-from cmdgpu.store.parameter_map import ParameterMap
 from cmdgpu.models import Patterns
+from cmdgpu.store.parameter_map import ParameterMap
 from cmdgpu.tensors import Snapshot, select
 
 __all__ = ["FORMATS", "Export", "export_snapshot"]
 
+FORMATS.add("safetensors", safetensors.write)
+FORMATS.add("pt", pt.write)
 _SUFFIXES = {".safetensors": "safetensors", ".pt": "pt", ".pth": "pt", ".bin": "pt"}
 
 

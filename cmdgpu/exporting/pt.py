@@ -7,7 +7,6 @@ to the page cache and not to the process.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cmdgpu.errors import WriteFailed
-from cmdgpu.exporting.contract import FORMATS, Export, sources
+from cmdgpu.exporting.contract import Export, sources
 from cmdgpu.store import durable
 from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
-from cmdgpu.tensors import Snapshot, flat_blocks, torch_dtype
+from cmdgpu.tensors import Snapshot, flat_blocks, raw_bytes, torch_dtype
 
 _ALIGNMENT = 64
 
@@ -37,13 +36,13 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
                 start = file.tell()
                 for block in flat_blocks(entry, source):
-                    file.write(memoryview(block.contiguous().view(torch.uint8).numpy()))
+                    file.write(raw_bytes(block))
                 places.append((entry, start, file.tell()))
             file.write(b"\0")  # an empty file cannot be mapped
         mapped = np.memmap(scratch, dtype=np.uint8, mode="r+")
         tensors: OrderedDict[str, Tensor] = OrderedDict()
         for entry, start, stop in places:
-            raw = torch.from_numpy(mapped[start:stop])
+            raw = torch.as_tensor(mapped[start:stop])
             tensors[entry.name] = raw.view(torch_dtype(entry)).view(entry.shape)
         for alias, name in parameter_map.aliases.items():
             if name in tensors:
@@ -60,7 +59,4 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
         for leftover in (scratch, temporary):
             with contextlib.suppress(FileNotFoundError):
                 leftover.unlink()
-    return Export(path, "pt", len(available), os.stat(path).st_size, left_out)
-
-
-FORMATS.add("pt", write)
+    return Export(path, "pt", len(available), path.stat().st_size, left_out)

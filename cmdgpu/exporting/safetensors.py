@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
-from cmdgpu.exporting.contract import FORMATS, Export, sources
+from cmdgpu.exporting.contract import Export, sources
 from cmdgpu.store import durable
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.tensors import Snapshot, flat_blocks, torch_dtype
+from cmdgpu.tensors import Snapshot, flat_blocks, raw_bytes, torch_dtype
 
 _TYPES: Final = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -41,12 +39,9 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
         yield text
         for entry, source in available:
             for block in flat_blocks(entry, source):
-                yield memoryview(block.contiguous().view(torch.uint8).numpy())
+                yield raw_bytes(block)
 
     durable.make_directory(path.parent)
     durable.write_file(path.parent, path.name, parts())
     durable.flush_directory(path.parent)
     return Export(path, "safetensors", len(available), 8 + len(text) + end, left_out)
-
-
-FORMATS.add("safetensors", write)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
 
 from cmdgpu.notation import AnyArray
+from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.format import CRC_BYTES
 
 
@@ -24,7 +26,8 @@ class ChunkDamage(Exception):
 
 def crc32c(values: AnyArray) -> bytes:
     """The four bytes that follow ``values`` in a chunk file. ``values`` is contiguous."""
-    return int(google_crc32c.value(values.reshape(-1).view(np.uint8))).to_bytes(CRC_BYTES, "little")
+    checksum: int = cast(Any, google_crc32c).value(values.reshape(-1).view(np.uint8))
+    return checksum.to_bytes(CRC_BYTES, "little")
 
 
 def _open(path: Path, n_bytes: int) -> int:
@@ -66,7 +69,7 @@ def read_chunk(path: Path, out: AnyArray, kept: bytes | None = None) -> bytes:
     fd = _open(path, n_bytes)
     try:
         tail = bytearray(CRC_BYTES)
-        view = memoryview(out).cast("B")
+        view = bytes_of(out)
         done = os.preadv(fd, [view, tail], 0)
         while done < n_bytes + CRC_BYTES:
             rest = [view[done:], tail] if done < n_bytes else [memoryview(tail)[done - n_bytes :]]

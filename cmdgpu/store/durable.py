@@ -13,11 +13,12 @@ import os
 import secrets
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 from cmdgpu.errors import CmdgpuError, StoreExists, StoreLocked, WriteFailed
+from cmdgpu.notation import AnyArray
 
 if sys.platform != "win32":
     import fcntl
@@ -33,8 +34,13 @@ def partial_name(name: str) -> str:
     return f"{name}.{secrets.token_hex(8)}{PARTIAL}"
 
 
+def bytes_of(values: AnyArray) -> memoryview:
+    """The memory of a contiguous array, without a copy."""
+    return memoryview(cast(Any, values)).cast("B")
+
+
 @contextlib.contextmanager
-def open_directory(path: Path) -> Iterator[int]:
+def open_directory(path: Path) -> Generator[int]:
     """Descriptor of a directory that is really one: no symbolic link is followed for the last part."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -101,7 +107,7 @@ def flush_directory(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    os.rename(old, new)
+    old.rename(new)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

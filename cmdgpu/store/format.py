@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -99,7 +100,7 @@ def _template(chunks: tuple[int, ...], zarr_type: str, dims: tuple[str, ...], fi
     from zarr.storage import MemoryStore
 
     files: dict[str, Any] = {}
-    zarr.create_array(
+    cast(Any, zarr).create_array(
         MemoryStore(files),
         shape=(0,) * len(chunks),
         chunks=chunks,
@@ -207,6 +208,16 @@ def parse(raw: bytes, path: Path) -> Json:
     return cast(Json, document)
 
 
+def as_dict(value: object) -> Json | None:
+    """The value if it is a JSON object."""
+    return cast(Json, value) if isinstance(value, dict) else None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """The value if it is a JSON list."""
+    return cast(list[Any], value) if isinstance(value, list) else None
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -218,11 +229,9 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
     """A metadata document of ours, believed only after its version, its seal and its kind are right."""
     raw = read_bytes(path)
     document = parse(raw, path)
-    attributes = document.get("attributes")
-    mine = attributes.get("cmdgpu") if isinstance(attributes, dict) else None
-    if not isinstance(mine, dict):
+    mine = as_dict((as_dict(document.get("attributes")) or {}).get("cmdgpu"))
+    if mine is None:
         raise NotAStore("is no store of cmdgpu", file=path.parent)
-    mine = cast(Json, mine)
     version = mine.get("format")
     if version != FORMAT and isinstance(version, int) and is_sealed(document):
         raise NotAStore(
@@ -240,7 +249,19 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
 
 
 _ARRAY_KEYS = frozenset(
-    ["zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs", "attributes", "dimension_names", "storage_transformers"]
+    [
+        "zarr_format",
+        "node_type",
+        "shape",
+        "data_type",
+        "chunk_grid",
+        "chunk_key_encoding",
+        "fill_value",
+        "codecs",
+        "attributes",
+        "dimension_names",
+        "storage_transformers",
+    ]
 )
 _CODECS = ("bytes", "crc32c")
 
@@ -268,29 +289,27 @@ def check_array(document: Json, path: Path, dims: Sequence[str]) -> ArrayShape:
         raise refuse(f"dimensions {document.get('dimension_names')}, expected {list(dims)}")
     if document.get("chunk_key_encoding") != {"name": "default", "configuration": {"separator": "."}}:
         raise refuse("chunk names")
-    codecs = document.get("codecs")
-    names = [codec.get("name") for codec in codecs] if isinstance(codecs, list) else None
+    names = [(as_dict(codec) or {}).get("name") for codec in as_list(document.get("codecs")) or []]
     if names != list(_CODECS):
         raise refuse(f"codecs {names}, expected {list(_CODECS)}")
-    grid = document.get("chunk_grid")
-    chunks = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) else None
-    shape = document.get("shape")
+    grid = as_dict((as_dict(document.get("chunk_grid")) or {}).get("configuration")) or {}
+    chunks, shape = as_list(grid.get("chunk_shape")), as_list(document.get("shape"))
     zarr_type = document.get("data_type")
     if not isinstance(zarr_type, str):
         raise refuse(f"data type {zarr_type!r}")
     for what, sizes, least in (("shape", shape, 0), ("chunk shape", chunks, 1)):
         if (
-            not isinstance(sizes, list)
+            sizes is None
             or len(sizes) != len(dims)
             or not all(type(size) is int and least <= size < 1 << 62 for size in sizes)
         ):
             raise refuse(f"{what} {sizes}")
-    assert isinstance(shape, list) and isinstance(chunks, list)
+    assert shape is not None and chunks is not None
     try:
         itemsize = np.dtype(zarr_type).itemsize
     except TypeError as error:
         raise refuse(f"data type {zarr_type!r}") from error
-    if itemsize * int(np.prod([int(size) for size in chunks], dtype=object)) > MAX_CHUNK_BYTES:
+    if itemsize * math.prod(chunks) > MAX_CHUNK_BYTES:
         raise refuse(f"chunks {chunks} of more than {MAX_CHUNK_BYTES} bytes")
     return ArrayShape(tuple(shape), tuple(chunks), zarr_type)
 

@@ -322,7 +322,7 @@ def nearest_steps(steps: I64, step: int, count: int = 3) -> str:
 def _write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
     values = np.ascontiguousarray(values)
     crc = crc32c(values)
-    durable.write_file(directory, name, [memoryview(values).cast("B"), crc])
+    durable.write_file(directory, name, [durable.bytes_of(values), crc])
     return crc
 
 

@@ -278,4 +278,4 @@ def _tensor(entry: dict[str, Any]) -> TensorEntry:
         if not len(piece.offset) == len(piece.size) == len(shape):
             raise ValueError(f"a piece of {entry['name']!r} has another number of dimensions")
         pieces.append(piece)
-    return TensorEntry(_text(entry["name"]), cast(Kind, kind), dtype, shape, tuple(pieces))
+    return TensorEntry(_text(entry["name"]), kind, dtype, shape, tuple(pieces))

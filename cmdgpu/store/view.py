@@ -1,11 +1,12 @@
 """What a reader sees: one trajectory, frozen at one commit.
 
-``weights/zarr.json`` is read once; its T and its digests hold for the life of the view. Committed chunks never
-change, so this is snapshot isolation for free: a recorder may append meanwhile.
+``weights/zarr.json`` is read once; its T and its digests hold for the life of the view. Committed chunks
+never change, so this is snapshot isolation for free: a recorder may append meanwhile.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,8 @@ class StoreView:
         head = document["attributes"]["cmdgpu"]
         parameter_map = ParameterMap.from_json(mine.get("layout"), path / fmt.DOCUMENT)
         dtype = head.get("torch_dtype", array.zarr_type)
-        steps, digests, small = head.get("steps"), head.get("digests"), head.get("small")
+        steps = fmt.as_list(head.get("steps"))
+        digests, small = fmt.as_list(head.get("digests")), fmt.as_dict(head.get("small"))
 
         def refuse(what: str) -> StoreCorrupt:
             return StoreCorrupt(what, file=weights / fmt.DOCUMENT)
@@ -79,12 +81,12 @@ class StoreView:
                 f"has shape {array.shape} in chunks {array.chunks}, {parameter_map.n_rows} rows expected"
             )
         if (
-            not isinstance(steps, list)
+            steps is None
             or not all(type(step) is int and 0 <= step < 1 << 63 for step in steps)
-            or any(b <= a for a, b in zip(steps, steps[1:], strict=False))
+            or any(b <= a for a, b in itertools.pairwise(steps))
         ):
             raise refuse("its steps do not increase")
-        if not isinstance(digests, list) or not isinstance(small, dict):
+        if digests is None or small is None:
             raise refuse("has no digests")
         if not len(steps) == len(digests) == array.shape[1]:
             raise refuse(f"has {array.shape[1]} snapshots, {len(steps)} steps and {len(digests)} digests")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class CudaDevice:
         self._copy = torch.cuda.Stream(device)
         self._compute = torch.cuda.Stream(device)
         self._slots: list[Tensor | None] = [None, None]
-        self._computed: list[torch.cuda.Event | None] = [None, None]
+        self._computed: list[Any] = [None, None]
         self._turn = 0
         self._pinned: dict[int, Tensor] = {}
 
@@ -109,7 +109,7 @@ class CudaDevice:
 
 
 class _OnItsWay:
-    def __init__(self, on_host: Outputs, on_device: Outputs, arrived: torch.cuda.Event) -> None:
+    def __init__(self, on_host: Outputs, on_device: Outputs, arrived: Any) -> None:
         self._on_host = on_host
         self._on_device = on_device  # alive until the copies are through
         self._arrived = arrived

@@ -69,9 +69,7 @@ def run_pass(
     blocks = _runs(missing, plan.units_per_block)
     engine = make_device(device)
     width = plan.units_per_block * frame.rows
-    slots = [
-        engine.host_slot(len(columns), width, source.dtype) for _ in range(min(plan.slots, len(blocks)))
-    ]
+    slots = [engine.host_slot(len(columns), width, source.dtype) for _ in range(min(plan.slots, len(blocks)))]
     started, bytes_read = time.perf_counter(), 0
     progress.begin("fit", unit_bytes * frame.n_units)
     progress.advance(unit_bytes * (frame.n_units - len(missing)))

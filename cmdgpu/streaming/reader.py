@@ -1,4 +1,4 @@
-"""Read-ahead: a thread keeps host slots filled, several reads in flight, while the one before is computed on."""
+"""Read-ahead: a thread fills host slots, several reads in flight, while the one before is computed on."""
 
 from __future__ import annotations
 
