@@ -65,8 +65,8 @@ class CMD:
     device        "auto", "cpu", "cuda", "cuda:1"
 
     After ``fit``: ``n_modes_``, ``references_`` (M, T), ``reference_rows_`` (M,), ``labels_``, ``a_``,
-    ``b_``, ``correlation_`` (N,), ``metrics_``, ``linkage_``. A row that never moves has label -1, a = 0 and b = its
-    value; a row with NaN or infinity has label -2 and b = NaN.
+    ``b_``, ``correlation_`` (N,), ``metrics_``, ``linkage_``. A row that never moves has label -1, a = 0 and
+    b = its value; a row with NaN or infinity has label -2 and b = NaN.
     """
 
     def __init__(
@@ -333,7 +333,8 @@ class CMD:
             f"mean |corr| {metrics['mean_abs_correlation']:.4f}   R^2 {metrics['r2']:.4f} "
             f"(by energy {metrics['r2_energy']:.4f})   mean squared error {metrics['weight_mse']:.3g}",
             f"constant {metrics['n_constant']} rows   non-finite {metrics['n_nonfinite']}   "
-            f"below quantisation {metrics['n_below_quantisation']}   buffers apart {metrics['n_buffer_rows']} rows",
+            f"below quantisation {metrics['n_below_quantisation']}   "
+            f"buffers apart {metrics['n_buffer_rows']} rows",
             f"{stored} for a trajectory of {original}",
         ]
         if self._run:

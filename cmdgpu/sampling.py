@@ -2,9 +2,9 @@
 
 Every draw is without replacement. A trajectory has fixed *candidates*, drawn once with seed 0; a recorder
 keeps their values in the ``sketch``, so that sampling a terabyte store reads megabytes. A sample of up to
-half as many rows is drawn from them by the user's seed: a store, its sketch and an array in memory give the same
-sample. The random numbers are taken raw from PCG64, whose stream is fixed, and not from a library's sampling
-routine, whose stream may change with its version.
+half as many rows is drawn from them by the user's seed: a store, its sketch and an array in memory give the
+same sample. The random numbers are taken raw from PCG64, whose stream is fixed, and not from a library's
+sampling routine, whose stream may change with its version.
 """
 
 from __future__ import annotations

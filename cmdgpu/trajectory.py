@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from cmdgpu.errors import StepNotFound, UsageError
-from cmdgpu.indexing import positions
+from cmdgpu.indexing import Index, positions
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.progress import Progress
 from cmdgpu.sources import ArraySource, Source, StoreSource
