@@ -15,25 +15,30 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
+_QUIET_S = 1.0
+"""Lines closer together than this help nobody: work of a moment prints its last line only."""
+
+
 class LineProgress:
     """One line per 10 %: for logs and pipes."""
 
     def __init__(self) -> None:
         self._what = ""
         self._total = self._done = self._shown = 0
-        self._started = 0.0
+        self._started = self._printed = 0.0
 
     def begin(self, what: str, total_bytes: int) -> None:
         self._what, self._total, self._done, self._shown = what, total_bytes, 0, 0
-        self._started = time.perf_counter()
+        self._started = self._printed = time.perf_counter()
 
     def advance(self, done_bytes: int) -> None:
         self._done += done_bytes
         tenth = 10 * self._done // self._total if self._total else 10
-        if tenth <= self._shown:
+        now = time.perf_counter()
+        if tenth <= self._shown or (tenth < 10 and now - self._printed < _QUIET_S):
             return
-        self._shown = tenth
-        seconds = max(time.perf_counter() - self._started, 1e-9)
+        self._shown, self._printed = tenth, now
+        seconds = max(now - self._started, 1e-9)
         speed = self._done / seconds
         left = (self._total - self._done) / speed if speed else 0.0
         click.echo(

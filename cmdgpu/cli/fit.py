@@ -77,6 +77,8 @@ def run(
     traj = Trajectory.open(store)
     if (start, stop, stride, steps) != (None, None, 1, None):
         traj = traj.sel(start, stop, stride, parse_steps(steps))
+    import cmdgpu.streaming.engine  # noqa: F401  torch and its libraries are not the fit's memory
+
     with MemoryMeter() as meter:
         cmd.fit(traj, out=out, memory_limit=memory_limit, resume=resume, progress=context.progress)
     n_rows, n_snapshots = traj.shape

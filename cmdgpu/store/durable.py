@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import sys
 import weakref
 from collections.abc import Generator, Iterable
@@ -41,8 +42,8 @@ def bytes_of(values: AnyArray) -> memoryview:
 
 @contextlib.contextmanager
 def open_directory(path: Path) -> Generator[int]:
-    """Descriptor of a directory that is really one: no symbolic link is followed for the last part."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Descriptor of a directory; people keep theirs behind symbolic links."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd
     finally:
@@ -53,8 +54,8 @@ def write_file(directory: Path, name: str, parts: Iterable[Buffer]) -> None:
     """Put ``parts``, one after the other, into ``directory/name``: all bytes or the old file.
 
     The data are flushed before the rename, or a power cut could leave an empty file under the final
-    name. The directory is *not* flushed here. Raises WriteFailed naming the file; the temporary file
-    is gone by then.
+    name. The directory is *not* flushed here. Raises WriteFailed naming the file, or what ``parts`` raises;
+    the temporary file is gone by then.
     """
     temporary = directory / partial_name(name)
     try:
@@ -66,9 +67,11 @@ def write_file(directory: Path, name: str, parts: Iterable[Buffer]) -> None:
         finally:
             os.close(fd)
         rename(temporary, directory / name)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise WriteFailed(
             f"cannot write: {_reason(error)}",
             file=directory / name,
@@ -110,6 +113,16 @@ def rename(old: Path, new: Path) -> None:
     old.rename(new)
 
 
+def set_aside(path: Path) -> Path:
+    """Give something finished an unfinished name again, in one step. Raises WriteFailed naming it."""
+    aside = path.with_name(partial_name(path.name))
+    try:
+        rename(path, aside)
+    except OSError as error:
+        raise WriteFailed(f"cannot rename: {_reason(error)}", file=path) from error
+    return aside
+
+
 def publish_directory(temporary: Path, final: Path) -> None:
     """Give a finished directory its name, once everything inside has been flushed.
 
@@ -128,18 +141,34 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create ``path`` and what is missing above it. Raises WriteFailed naming the path."""
+    """Create ``path`` and what is missing above it, names that last. Raises WriteFailed naming the path."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteFailed(f"cannot create the directory: {_reason(error)}", file=path) from error
+    for made in missing:
+        flush_directory(made.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a directory with all that is in it. Raises WriteFailed naming it."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise WriteFailed(f"cannot delete: {_reason(error)}", file=path) from error
 
 
 def remove_partials(directory: Path) -> None:
     """Delete what a killed writer left unfinished. Only for who holds the lock: others may be writing."""
-    for entry in os.scandir(directory):
-        if entry.name.endswith(PARTIAL) and entry.is_file(follow_symlinks=False):
-            Path(entry.path).unlink()
+    for entry in list(os.scandir(directory)):
+        if not entry.name.endswith(PARTIAL):
+            continue
+        if not entry.is_symlink():
+            remove(Path(entry.path))
 
 
 class Lock:

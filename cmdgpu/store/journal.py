@@ -20,6 +20,7 @@ import numpy as np
 
 from cmdgpu.errors import (
     DurabilityUnknown,
+    NotAStore,
     StepNotFound,
     StoreCorrupt,
     StoreFenced,
@@ -63,8 +64,8 @@ class Journal:
         storage = fmt.storage(dtype)
         durable.make_directory(path.parent)
         building = path.parent / durable.partial_name(path.name)
-        durable.make_directory(building)
         try:
+            durable.make_directory(building)
             group = fmt.group_document(
                 {"cmdgpu": fmt.own("trajectory", unit=unit, layout=parameter_map.to_json())}
             )
@@ -112,7 +113,7 @@ class Journal:
         try:
             view = StoreView.open(path)
             journal = Journal(view, lock)
-            journal._remove_orphans()
+            journal._clean_up()
         except BaseException:
             lock.release()
             raise
@@ -122,30 +123,42 @@ class Journal:
         self._usable = False
         self._lock.release()
 
-    def _remove_orphans(self) -> None:
-        """Chunks of index exactly T and unfinished files are leftovers of a killed append or rewind.
+    def _clean_up(self) -> None:
+        """Take away what a killed append or rewind left: chunks of index exactly T, unfinished files, scalars
+        that were never committed, and what small arrays hold from T on (xarray refuses a ``step`` longer than
+        ``weights``).
 
         A chunk of index > T means that somebody put an *older* commit file back: deleting would destroy
         data, so that is StoreCorrupt and nothing is touched.
         """
-        edge = len(self.view.steps)
-        for name in (fmt.WEIGHTS, fmt.SKETCH):
-            directory = self.view.path / name
-            if not directory.is_dir():
-                continue
-            found = [(m, p) for p in directory.iterdir() if (m := _CHUNK.fullmatch(p.name))]
-            if beyond := [p for m, p in found if int(m[2]) > edge]:
-                raise StoreCorrupt(
-                    f"lies beyond snapshot {edge}: an older {fmt.DOCUMENT} was put back",
-                    file=sorted(beyond)[0],
-                    hint=f"restore the newest {fmt.WEIGHTS}/{fmt.DOCUMENT}; nothing was deleted",
-                )
-            for match, orphan in found:
-                if int(match[2]) == edge:
-                    orphan.unlink()
+        edge, path = len(self.view.steps), self.view.path
+        large = [fmt.WEIGHTS] if self.view.sketch_rows is None else [fmt.WEIGHTS, fmt.SKETCH]
+        found = [(m, p) for name in large for p in (path / name).iterdir() if (m := _CHUNK.fullmatch(p.name))]
+        if beyond := [p for m, p in found if int(m[2]) > edge]:
+            raise StoreCorrupt(
+                f"lies beyond snapshot {edge}: an older {fmt.DOCUMENT} was put back",
+                file=sorted(beyond)[0],
+                hint=f"restore the newest {fmt.WEIGHTS}/{fmt.DOCUMENT}; nothing was deleted",
+            )
+        for match, orphan in found:
+            if int(match[2]) == edge:
+                durable.remove(orphan)
+        for directory in list(path.iterdir()):
+            if directory.name not in fmt.RESERVED and directory.name not in self.view.scalars:
+                self._discard_uncommitted(directory)
+        for directory in (path, *(path / name for name in (*large, *self._small_names()))):
             durable.remove_partials(directory)
-        for name in self._small_names():
-            durable.remove_partials(self.view.path / name)
+        self._trim_small()
+
+    def _discard_uncommitted(self, directory: Path) -> None:
+        """A scalar array that was finished and never committed; what is not ours stays where it is."""
+        if not fmt.SCALAR_NAME.fullmatch(directory.name) or not directory.is_dir() or directory.is_symlink():
+            return
+        try:
+            fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
+        except (NotAStore, StoreCorrupt):
+            return
+        durable.remove(durable.set_aside(directory))
 
     def _small_names(self) -> list[str]:
         return [fmt.STEP, *self.view.scalars]
@@ -160,6 +173,7 @@ class Journal:
         ``column`` is (n_chunks * rows,) in the stored type, padded with the fill value; ``sketch`` is (S,).
         """
         self.require_next(step)
+        self._fence()  # already fenced: the other writer's chunks of this index must not be written over
         t = len(self.view.steps)
         view = self.view
         crcs = self._write_column(column, t)
@@ -217,24 +231,21 @@ class Journal:
             durable.write_file(view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(document)])
 
     def _write_small_array(self, name: str, values: AnyArray) -> None:
+        """A scalar first seen now is built apart, every chunk of it; of a known one only the tail changes."""
         directory = self.view.path / name
         tail = (len(values) - 1) // fmt.SMALL_CHUNK
-        document = _small_document(name, len(values))
-        fill = np.iinfo(np.int64).min if name == fmt.STEP else np.nan
-        target = directory
-        if not directory.is_dir():
-            target = self.view.path / durable.partial_name(name)
-            durable.make_directory(target)
-        # a scalar first seen now writes every chunk, a known one only its tail
-        for i in range(0 if target != directory else tail, tail + 1):
-            chunk = np.full(fmt.SMALL_CHUNK, fill, dtype=values.dtype.newbyteorder("<"))
-            part = values[i * fmt.SMALL_CHUNK : (i + 1) * fmt.SMALL_CHUNK]
-            chunk[: len(part)] = part
-            _write_chunk(target, fmt.chunk_name(i), chunk)
-        durable.write_file(target, fmt.DOCUMENT, [fmt.encode(document)])
-        durable.flush_directory(target)
-        if target != directory:
-            durable.publish_directory(target, directory)
+        if name in self._small_names():
+            _write_small_chunks(directory, name, values, tail)
+            return
+        self._discard_uncommitted(directory)
+        building = self.view.path / durable.partial_name(name)
+        try:
+            durable.make_directory(building)
+            _write_small_chunks(building, name, values, 0)
+            durable.publish_directory(building, directory)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
 
     def _flush_names(self) -> None:
         """Without this the commit could outlive the chunks it speaks of."""
@@ -298,19 +309,21 @@ class Journal:
         view, t = self.view, len(self.view.steps) - 1
         self._fence()
         self._commit(view.steps[:t], view.digests[:t], {n: v[:t] for n, v in view.scalars.items()})
-        self._trim_small(t)
-        self._remove_orphans()
+        self._clean_up()
         self._flush_names()
 
-    def _trim_small(self, t: int) -> None:
-        """xarray refuses a ``step`` longer than ``weights``: shorten the shapes, leave the values."""
-        for name in self._small_names():
-            directory = self.view.path / name
-            durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(_small_document(name, t))])
-            durable.flush_directory(directory)
+    def _trim_small(self) -> None:
+        """Shorten the shapes, leave the values."""
+        t = len(self.view.steps)
+        documents = {name: _small_document(name, t) for name in self._small_names()}
         if self.view.sketch_rows is not None:
-            sketch = _sketch_document(len(self.view.sketch_rows), t, self.view.storage)
-            durable.write_file(self.view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(sketch)])
+            documents[fmt.SKETCH] = _sketch_document(len(self.view.sketch_rows), t, self.view.storage)
+        for name, document in documents.items():
+            directory = self.view.path / name
+            found, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
+            if found["shape"] != document["shape"]:
+                durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(document)])
+                durable.flush_directory(directory)
 
 
 def nearest_steps(steps: I64, step: int, count: int = 3) -> str:
@@ -324,6 +337,18 @@ def _write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
     crc = crc32c(values)
     durable.write_file(directory, name, [durable.bytes_of(values), crc])
     return crc
+
+
+def _write_small_chunks(directory: Path, name: str, values: AnyArray, first: int) -> None:
+    """Chunks ``first`` and on of a small array, then its shape."""
+    fill = np.iinfo(np.int64).min if name == fmt.STEP else np.nan
+    for i in range(first, (len(values) - 1) // fmt.SMALL_CHUNK + 1):
+        chunk = np.full(fmt.SMALL_CHUNK, fill, dtype=values.dtype.newbyteorder("<"))
+        part = values[i * fmt.SMALL_CHUNK : (i + 1) * fmt.SMALL_CHUNK]
+        chunk[: len(part)] = part
+        _write_chunk(directory, fmt.chunk_name(i), chunk)
+    durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(_small_document(name, len(values)))])
+    durable.flush_directory(directory)
 
 
 def _digest(values: AnyArray) -> str:
