@@ -24,9 +24,13 @@ def table(results: dict[str, Any]) -> str:
     ]
     for case in dict.fromkeys(r["case"] for r in records):
         found = {r["provider"]: r for r in records if r["case"] == case}
-        cells = [f"{found[p]['gb_per_s']:.2f} GB/s ({found[p]['percent_of_ceiling']:.0f} %)" for p in providers]
+        cells = [
+            f"{found[p]['gb_per_s']:.2f} GB/s ({found[p]['percent_of_ceiling']:.0f} %)" for p in providers
+        ]
         ceiling = next(iter(found.values()))["ceiling_gb_per_s"]
-        lines.append(f"| {case.removeprefix('assign_and_fit ')} | " + " | ".join(cells) + f" | {ceiling:.1f} GB/s |")
+        lines.append(
+            f"| {case.removeprefix('assign_and_fit ')} | " + " | ".join(cells) + f" | {ceiling:.1f} GB/s |"
+        )
     return "\n".join(lines)
 
 

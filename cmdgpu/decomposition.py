@@ -132,7 +132,8 @@ class CMD:
         provenance = self._provenance(traj, ops.device_class(device), Path(out) if out is not None else None)
         begun = self._begin(out, frame, provenance, decide, resume)
         if isinstance(begun, Result):
-            self._result, self._trajectory, self._run = begun, traj, {}
+            self._result, self._trajectory = begun, traj
+            self._run = _nothing_to_do(frame, str(device))
             return self
         work = AssignAndFit.of(frame, traj.dtype, begun.modes.references)
         kept = result_bytes(frame.n_rows, begun.modes.n_modes, len(frame.steps)) if out is None else 0
@@ -337,7 +338,9 @@ class CMD:
             f"buffers apart {metrics['n_buffer_rows']} rows",
             f"{stored} for a trajectory of {original}",
         ]
-        if self._run:
+        if self._run and not self._run["stage_s"]:
+            lines.append("this fit was complete already: nothing was read")
+        elif self._run:
             lines.append(
                 f"pass {self._run['stage_s']['pass']:.2f} s, {self._run['bytes_per_s'] / 1e9:.2f} GB/s, "
                 f"{self._run['implementation']} on {self._run['device']}"
@@ -520,6 +523,22 @@ def _find_source(result: Result) -> Trajectory | None:
     identity = _source_identity(selected, None)
     same = all(identity.get(key) == source.get(key) for key in ("layout", "digest"))
     return selected if same else None
+
+
+def _nothing_to_do(frame: Frame, device: str) -> dict[str, Any]:
+    """The figures of a run that found its result complete."""
+    return {
+        "device": device,
+        "implementation": None,
+        "rows_per_block": None,
+        "blocks_total": 0,
+        "units_total": frame.n_units,
+        "units_resumed": frame.n_units,
+        "bytes_read": 0,
+        "bytes_per_s": 0.0,
+        "planned_bytes": 0,
+        "stage_s": {},
+    }
 
 
 def _run_figures(report: PassReport, stage_s: dict[str, float], device: str, name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cmdgpu import ops
+from cmdgpu.errors import MemoryLimitError
+from cmdgpu.memory import show_bytes
 from cmdgpu.notation import AnyArray
 from cmdgpu.store import format as fmt
 from cmdgpu.streaming.plan import SLOT_PADDING
@@ -87,6 +89,7 @@ class CudaDevice:
         host = self._pinned[block.W_tb.ctypes.data]
         target = self._slots[turn]
         if target is None:
+            self._require_room(host)
             target = torch.empty(host.shape, dtype=host.dtype, device=self._device)
             self._slots[turn] = target
         n_snapshots, width = block.W_tb.shape
@@ -106,6 +109,16 @@ class CudaDevice:
             ]
             arrived = self._compute.record_event()
         return _OnItsWay(on_host, on_device, arrived)
+
+    def _require_room(self, host: Tensor) -> None:
+        """A device slot may take a third of what is free: there are two, and the kernel's outputs."""
+        needed = host.numel() * host.element_size()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if 3 * needed > free:
+            raise MemoryLimitError(
+                f"a block needs {show_bytes(3 * needed)} on {self._device}, {show_bytes(free)} are free",
+                hint="give a smaller memory limit, free the device, or use --device cpu",
+            )
 
 
 class _OnItsWay:
