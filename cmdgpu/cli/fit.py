@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,7 @@ def run(
     traj = Trajectory.open(store)
     if (start, stop, stride, steps) != (None, None, 1, None):
         traj = traj.sel(start, stop, stride, parse_steps(steps))
-    import cmdgpu.streaming.engine  # noqa: F401  torch and its libraries are not the fit's memory
-
+    importlib.import_module("cmdgpu.streaming.engine")  # torch and its libraries are not the fit's memory
     with MemoryMeter() as meter:
         cmd.fit(traj, out=out, memory_limit=memory_limit, resume=resume, progress=context.progress)
     n_rows, n_snapshots = traj.shape
