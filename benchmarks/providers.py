@@ -37,7 +37,7 @@ def _plain_torch(W_tb: Tensor, R_mt: Tensor) -> Prepared:
     W_nt = W_tb.T.to(torch.float32).contiguous()
     rmean = R_mt.mean(dim=1)
     centred = R_mt - rmean[:, None]
-    rnorm = torch.linalg.vector_norm(centred, dim=1)
+    rnorm = centred.square().sum(dim=1).sqrt()
     z_mt = centred / rnorm[:, None]
 
     def run() -> Labels:
@@ -47,7 +47,7 @@ def _plain_torch(W_tb: Tensor, R_mt: Tensor) -> Prepared:
         mode = d.abs().max(dim=1).indices
         best = d.gather(1, mode[:, None])[:, 0]
         a = best / rnorm[mode]
-        _ = mean[:, 0] - a * rmean[mode], best / torch.linalg.vector_norm(x, dim=1)
+        _ = mean[:, 0] - a * rmean[mode], best / x.square().sum(dim=1).sqrt()
         return mode.numpy()
 
     return run

@@ -55,6 +55,8 @@ def stored_crc(path: Path, n_bytes: int) -> bytes:
     fd = _open(path, n_bytes)
     try:
         return os.pread(fd, CRC_BYTES, n_bytes)
+    except OSError as error:
+        raise ChunkDamage(f"cannot be read: {error.strerror}") from error
     finally:
         os.close(fd)
 

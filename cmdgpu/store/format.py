@@ -200,7 +200,9 @@ def parse(raw: bytes, path: Path) -> Json:
         if depth > _MAX_DEPTH:
             raise StoreCorrupt(f"is nested more than {_MAX_DEPTH} levels deep", file=path)
     try:
-        document = json.loads(raw, object_pairs_hook=_no_duplicates)
+        document = json.loads(
+            raw, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite
+        )
     except ValueError as error:
         raise StoreCorrupt(f"is no JSON: {error}", file=path) from error
     if not isinstance(document, dict):
@@ -223,6 +225,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")
     return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
@@ -263,7 +271,8 @@ _ARRAY_KEYS = frozenset(
         "storage_transformers",
     ]
 )
-_CODECS = ("bytes", "crc32c")
+_CODECS = [("bytes", {"endian": "little"}), ("crc32c", {})]
+_DTYPES = frozenset(["float32", "float16", "uint16", "float64", "int64", "int16", "uint8"])
 
 
 @dataclass(frozen=True)
@@ -275,8 +284,13 @@ class ArrayShape:
     zarr_type: str
 
 
-def check_array(document: Json, path: Path, dims: Sequence[str]) -> ArrayShape:
-    """Refuse every array this package would not have written: closed keys, codecs, encoding, sizes."""
+def check_array(
+    document: Json, path: Path, dims: Sequence[str], fill: float | int | None = None
+) -> ArrayShape:
+    """Refuse every array this package would not have written: closed keys, codecs, encoding, sizes.
+
+    ``fill`` is the value it must have where nothing was written; None takes any.
+    """
 
     def refuse(what: str) -> StoreCorrupt:
         return StoreCorrupt(f"unexpected array metadata: {what}", file=path)
@@ -289,14 +303,23 @@ def check_array(document: Json, path: Path, dims: Sequence[str]) -> ArrayShape:
         raise refuse(f"dimensions {document.get('dimension_names')}, expected {list(dims)}")
     if document.get("chunk_key_encoding") != {"name": "default", "configuration": {"separator": "."}}:
         raise refuse("chunk names")
-    names = [(as_dict(codec) or {}).get("name") for codec in as_list(document.get("codecs")) or []]
-    if names != list(_CODECS):
-        raise refuse(f"codecs {names}, expected {list(_CODECS)}")
-    grid = as_dict((as_dict(document.get("chunk_grid")) or {}).get("configuration")) or {}
-    chunks, shape = as_list(grid.get("chunk_shape")), as_list(document.get("shape"))
+    codecs = [as_dict(codec) or {} for codec in as_list(document.get("codecs")) or []]
+    chain = [(codec.get("name"), codec.get("configuration", {})) for codec in codecs]
     zarr_type = document.get("data_type")
-    if not isinstance(zarr_type, str):
+    if not isinstance(zarr_type, str) or zarr_type not in _DTYPES:
         raise refuse(f"data type {zarr_type!r}")
+    itemsize = np.dtype(zarr_type).itemsize
+    if itemsize == 1 and chain[:1] == [("bytes", {})]:
+        chain[0] = _CODECS[0]  # single bytes have no order, and zarr writes none
+    if chain != _CODECS:
+        raise refuse(f"codecs {chain}, expected {_CODECS}")
+    if fill is not None and document.get("fill_value") != ("NaN" if math.isnan(fill) else fill):
+        raise refuse(f"fill value {document.get('fill_value')!r}")
+    grid = as_dict(document.get("chunk_grid")) or {}
+    if grid.get("name") != "regular":
+        raise refuse(f"chunk grid {grid.get('name')!r}")
+    chunks = as_list((as_dict(grid.get("configuration")) or {}).get("chunk_shape"))
+    shape = as_list(document.get("shape"))
     for what, sizes, least in (("shape", shape, 0), ("chunk shape", chunks, 1)):
         if (
             sizes is None
@@ -305,10 +328,6 @@ def check_array(document: Json, path: Path, dims: Sequence[str]) -> ArrayShape:
         ):
             raise refuse(f"{what} {sizes}")
     assert shape is not None and chunks is not None
-    try:
-        itemsize = np.dtype(zarr_type).itemsize
-    except TypeError as error:
-        raise refuse(f"data type {zarr_type!r}") from error
     if itemsize * math.prod(chunks) > MAX_CHUNK_BYTES:
         raise refuse(f"chunks {chunks} of more than {MAX_CHUNK_BYTES} bytes")
     return ArrayShape(tuple(shape), tuple(chunks), zarr_type)
@@ -325,12 +344,13 @@ def widen(values: AnyArray, dtype: str) -> AnyArray:
 
 
 def narrow(values: AnyArray, dtype: str) -> AnyArray:
-    """Numbers as stored elements, rounded to nearest even; NaN stays NaN."""
+    """Numbers as stored elements, rounded to nearest even; NaN stays NaN, with its bits where they fit."""
     if dtype != "bfloat16":
         return values.astype(storage(dtype).numpy)
     bits = values.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
+    nan = np.where(bits & 0xFFFF, 0x7FC0, bits >> 16)
+    return np.where(np.isnan(values), nan, rounded).astype("<u2")
 
 
 RESULT_ROWS: Final[dict[str, tuple[str, float | int]]] = {

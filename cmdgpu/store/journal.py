@@ -32,7 +32,7 @@ from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import crc32c
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.store.view import PARAMETER_BY_SNAPSHOT, SAMPLE_BY_SNAPSHOT, StoreView
+from cmdgpu.store.view import PARAMETER_BY_SNAPSHOT, SAMPLE_BY_SNAPSHOT, StoreView, small_type
 
 _CHUNK = re.compile(r"c\.(\d+)\.(\d+)")
 _WRITERS: Final = 4
@@ -341,7 +341,7 @@ def _write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
 
 def _write_small_chunks(directory: Path, name: str, values: AnyArray, first: int) -> None:
     """Chunks ``first`` and on of a small array, then its shape."""
-    fill = np.iinfo(np.int64).min if name == fmt.STEP else np.nan
+    _, fill = small_type(name)
     for i in range(first, (len(values) - 1) // fmt.SMALL_CHUNK + 1):
         chunk = np.full(fmt.SMALL_CHUNK, fill, dtype=values.dtype.newbyteorder("<"))
         part = values[i * fmt.SMALL_CHUNK : (i + 1) * fmt.SMALL_CHUNK]
@@ -357,7 +357,7 @@ def _digest(values: AnyArray) -> str:
 
 def _small_document(name: str, length: int) -> fmt.Json:
     attributes: dict[str, Any] = {"cmdgpu": fmt.own("small")}
-    kind, fill = ("int64", np.iinfo(np.int64).min) if name == fmt.STEP else ("float64", float("nan"))
+    kind, fill = small_type(name)
     if name != fmt.STEP:
         attributes["coordinates"] = fmt.STEP
     return fmt.array_document((length,), (fmt.SMALL_CHUNK,), kind, ("snapshot",), fill, attributes)

@@ -8,6 +8,7 @@ row ranges that belong to no tensor. Names are labels: no path is ever built fro
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,6 +205,8 @@ class ParameterMap:
                 inside = all(o + s <= d for o, s, d in zip(p.offset, p.size, tensor.shape, strict=True))
                 if not inside:
                     return f"a piece of {printable(tensor.name)} lies outside of it"
+            if _overlap(tensor.pieces):
+                return f"two pieces of {printable(tensor.name)} overlap"
         reached = 0
         for start, stop in sorted([(a, b) for a, b, _ in self.spans] + list(self.holes)):
             if start != reached or stop < start:
@@ -251,6 +254,16 @@ def whole(names: Sequence[tuple[str, Kind, str, tuple[int, ...]]]) -> tuple[Tens
         entries.append(TensorEntry(name, kind, dtype, shape, pieces))
         row += n
     return tuple(entries)
+
+
+def _overlap(pieces: Sequence[Piece]) -> bool:
+    """Whether two boxes share an element; along the first axis only neighbours can."""
+    ordered = sorted((p for p in pieces if p.n_rows), key=lambda p: p.offset)
+    for i, a in enumerate(ordered):
+        for b in itertools.takewhile(lambda b: b.offset[:1] < (a.offset[0] + a.size[0],), ordered[i + 1 :]):
+            if all(p < q + t and q < p + s for p, s, q, t in zip(a.offset, a.size, b.offset, b.size)):
+                return True
+    return False
 
 
 def _count(value: object) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError
+from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError, printable
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
@@ -56,7 +56,7 @@ class StoreView:
         require_store(path)
         group, _ = fmt.read_document(path / fmt.DOCUMENT, "group", "trajectory")
         mine = group["attributes"]["cmdgpu"]
-        weights = path / fmt.WEIGHTS
+        weights = _own_directory(path, fmt.WEIGHTS)
         document, commit = fmt.read_document(weights / fmt.DOCUMENT, "array", "weights")
         array = fmt.check_array(document, weights / fmt.DOCUMENT, PARAMETER_BY_SNAPSHOT)
         head = document["attributes"]["cmdgpu"]
@@ -68,8 +68,10 @@ class StoreView:
         def refuse(what: str) -> StoreCorrupt:
             return StoreCorrupt(what, file=weights / fmt.DOCUMENT)
 
-        if dtype not in fmt.STORAGES or fmt.STORAGES[dtype].zarr != array.zarr_type:
+        if not isinstance(dtype, str) or getattr(fmt.STORAGES.get(dtype), "zarr", None) != array.zarr_type:
             raise refuse(f"holds {array.zarr_type} read as {dtype}")
+        storage = fmt.storage(dtype)
+        fmt.check_array(document, weights / fmt.DOCUMENT, PARAMETER_BY_SNAPSHOT, storage.fill)
         if head.get("layout") != mine["self"]:
             raise refuse("belongs to another layout")
         if (
@@ -88,6 +90,9 @@ class StoreView:
             raise refuse("its steps do not increase")
         if digests is None or small is None:
             raise refuse("has no digests")
+        names = sorted(name for name in small if name not in fmt.RESERVED)
+        if strange := [name for name in names if not fmt.SCALAR_NAME.fullmatch(name)]:
+            raise refuse(f"has a scalar named {printable(strange[0])!r}")
         if not len(steps) == len(digests) == array.shape[1]:
             raise refuse(f"has {array.shape[1]} snapshots, {len(steps)} steps and {len(digests)} digests")
         step_n = read_small(path, fmt.STEP, len(steps), small.get(fmt.STEP))
@@ -96,12 +101,8 @@ class StoreView:
         sketch_rows = None
         if fmt.SKETCH_ROW in small:
             sketch_rows = read_small(path, fmt.SKETCH_ROW, None, small[fmt.SKETCH_ROW])
-            _check_sketch(path, parameter_map, sketch_rows)
-        scalars = {
-            name: read_small(path, name, len(steps), small[name])
-            for name in sorted(small)
-            if name not in fmt.RESERVED
-        }
+            _check_sketch(path, parameter_map, sketch_rows, storage, len(steps))
+        scalars = {name: read_small(path, name, len(steps), small[name]) for name in names}
         return StoreView(
             path=path,
             map=parameter_map,
@@ -224,34 +225,62 @@ def require_store(path: Path) -> None:
         raise NotAStore("is no store of cmdgpu", file=path, hint="expected a folder made by Recorder or fit")
 
 
+def _own_directory(path: Path, name: str) -> Path:
+    """The directory of an array, which lies in the store and not behind a symbolic link."""
+    directory = path / name
+    if directory.is_symlink():
+        raise StoreCorrupt("is a symbolic link", file=directory)
+    return directory
+
+
 def read_small(path: Path, name: str, length: int | None, digest: object) -> Any:
     """The first ``length`` values (all when None) of a small array, checked against its digest."""
-    directory = path / name
+    directory = _own_directory(path, name)
     document, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
     dims = ("sample",) if name == fmt.SKETCH_ROW else ("snapshot",)
-    array = fmt.check_array(document, directory / fmt.DOCUMENT, dims)
-    if array.zarr_type not in ("int64", "float64"):
+    kind, fill = small_type(name)
+    array = fmt.check_array(document, directory / fmt.DOCUMENT, dims, fill)
+    if array.zarr_type != kind:
         raise StoreCorrupt(f"holds {array.zarr_type}", file=directory / fmt.DOCUMENT)
     wanted = array.shape[0] if length is None else length
     if array.shape[0] < wanted:
         raise StoreCorrupt(f"holds {array.shape[0]} values, {wanted} committed", file=directory)
     (chunk,) = array.chunks
-    values = np.empty(fmt.round_up(wanted, chunk), dtype=np.dtype(array.zarr_type).newbyteorder("<"))
-    for i in range(len(values) // chunk):
-        file = directory / fmt.chunk_name(i)
+    dtype = np.dtype(kind).newbyteorder("<")
+    files = (directory / fmt.chunk_name(i) for i in range(-(-wanted // chunk)))
+    parts = [np.empty(0, dtype=dtype)]
+    for file in files:
         try:
-            read_chunk(file, values[i * chunk : (i + 1) * chunk])
+            stored_crc(file, chunk * dtype.itemsize)  # memory only for what is there
+            part = np.empty(chunk, dtype=dtype)
+            read_chunk(file, part)
         except ChunkDamage as damage:
             raise StoreCorrupt(str(damage), file=file) from damage
-    values = values[:wanted]
+        parts.append(part)
+    values = np.concatenate(parts)[:wanted]
     if fmt.sha256(values.tobytes()) != digest:
         raise StoreCorrupt("does not hold the committed values", file=directory)
     return values
 
 
-def _check_sketch(path: Path, parameter_map: ParameterMap, sketch_rows: I64) -> None:
-    document, _ = fmt.read_document(path / fmt.SKETCH / fmt.DOCUMENT, "array", "small")
-    array = fmt.check_array(document, path / fmt.SKETCH / fmt.DOCUMENT, SAMPLE_BY_SNAPSHOT)
+def small_type(name: str) -> tuple[str, float | int]:
+    """Element type of a small array, and what stands where nothing was written."""
+    if name in (fmt.STEP, fmt.SKETCH_ROW):
+        return "int64", int(np.iinfo(np.int64).min)
+    return "float64", float("nan")
+
+
+def _check_sketch(
+    path: Path, parameter_map: ParameterMap, sketch_rows: I64, storage: fmt.Storage, n_snapshots: int
+) -> None:
+    directory = _own_directory(path, fmt.SKETCH)
+    document, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
+    array = fmt.check_array(document, directory / fmt.DOCUMENT, SAMPLE_BY_SNAPSHOT, storage.fill)
+    if array.zarr_type != storage.zarr or array.shape[1] < n_snapshots:
+        raise StoreCorrupt(
+            f"holds {array.shape[1]} snapshots of {array.zarr_type}, {n_snapshots} of {storage.zarr} committed",
+            file=directory,
+        )
     inside = len(sketch_rows) == 0 or (
         int(sketch_rows.min()) >= 0 and int(sketch_rows.max()) < parameter_map.n_rows
     )
