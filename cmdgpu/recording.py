@@ -295,6 +295,6 @@ def _scalar_name(name: str) -> str:
 
 def _scalar(name: str, value: Any) -> float:
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the scalar {name!r} is {type(value).__name__}, not a number") from error

@@ -40,6 +40,8 @@ LAYOUT: Final = ParameterMap(
     skipped=(("norm.num_batches_tracked", "int64 has no rows"),),
 )
 N: Final = 20 * 16 + 16 * 16 + 16 + 30
+S: Final = N - 30
+"""Candidates of the sketch: every row of a parameter."""
 N_CHUNKS: Final = 3
 
 

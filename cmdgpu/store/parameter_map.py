@@ -8,7 +8,6 @@ row ranges that belong to no tensor. Names are labels: no path is ever built fro
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -260,8 +259,11 @@ def _overlap(pieces: Sequence[Piece]) -> bool:
     """Whether two boxes share an element; along the first axis only neighbours can."""
     ordered = sorted((p for p in pieces if p.n_rows), key=lambda p: p.offset)
     for i, a in enumerate(ordered):
-        for b in itertools.takewhile(lambda b: b.offset[:1] < (a.offset[0] + a.size[0],), ordered[i + 1 :]):
-            if all(p < q + t and q < p + s for p, s, q, t in zip(a.offset, a.size, b.offset, b.size)):
+        for b in ordered[i + 1 :]:
+            if b.offset[0] >= a.offset[0] + a.size[0]:
+                break
+            axes = zip(a.offset, a.size, b.offset, b.size, strict=True)
+            if all(at < other + n and other < at + size for at, size, other, n in axes):
                 return True
     return False
 

@@ -278,7 +278,8 @@ def _check_sketch(
     array = fmt.check_array(document, directory / fmt.DOCUMENT, SAMPLE_BY_SNAPSHOT, storage.fill)
     if array.zarr_type != storage.zarr or array.shape[1] < n_snapshots:
         raise StoreCorrupt(
-            f"holds {array.shape[1]} snapshots of {array.zarr_type}, {n_snapshots} of {storage.zarr} committed",
+            f"holds {array.shape[1]} snapshots of {array.zarr_type}, "
+            f"{n_snapshots} of {storage.zarr} committed",
             file=directory,
         )
     inside = len(sketch_rows) == 0 or (
