@@ -26,6 +26,7 @@ from cmdgpu.results import (
     ResultWriter,
     RowArray,
     begin_result,
+    finished_elsewhere,
     open_result,
     result_bytes,
 )
@@ -138,12 +139,19 @@ class CMD:
         work = AssignAndFit.of(frame, traj.dtype, begun.modes.references)
         kept = result_bytes(frame.n_rows, begun.modes.n_modes, len(frame.steps)) if out is None else 0
         plan = plan_for(traj.source, frame, work, device, limit, kept)
-        report = run_pass(traj.source, traj.columns, work, begun, plan, device, progress)
-        stage_s["pass"] = report.seconds
-        started = time.perf_counter()
-        self._result = begun.finish()
-        stage_s["finish"] = time.perf_counter() - started
         self._trajectory = traj
+        try:
+            report = run_pass(traj.source, traj.columns, work, begun, plan, device, progress)
+            stage_s["pass"] = report.seconds
+            started = time.perf_counter()
+            self._result = begun.finish()
+            stage_s["finish"] = time.perf_counter() - started
+        except CmdgpuError:
+            theirs = None if out is None else finished_elsewhere(Path(out), provenance)
+            if theirs is None:
+                raise
+            self._result, self._run = theirs, _nothing_to_do(frame, str(device))
+            return self
         name, _ = ops.choose(traj.dtype, len(frame.steps), begun.modes.n_modes, device)
         self._run = _run_figures(report, stage_s, str(device), name)
         return self

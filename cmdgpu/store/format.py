@@ -271,7 +271,7 @@ _ARRAY_KEYS = frozenset(
         "storage_transformers",
     ]
 )
-_CODECS = [("bytes", {"endian": "little"}), ("crc32c", {})]
+_CODECS: Final[list[tuple[str, Json]]] = [("bytes", {"endian": "little"}), ("crc32c", {})]
 _DTYPES = frozenset(["float32", "float16", "uint16", "float64", "int64", "int16", "uint8"])
 
 

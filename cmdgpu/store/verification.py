@@ -114,7 +114,9 @@ def _verify_column(
     crcs = [crc for crc, _ in answers if crc is not None]
     if not damages and fmt.sha256(*crcs) != view.digests[t]:
         where = str(view.path / fmt.WEIGHTS / f"c.*.{t}")
-        damages = [Damage(where, fmt.WEIGHTS, "not the chunks that were committed (swapped or stale)", step)]
+        problem, n_rows = "not the chunks that were committed (swapped or stale)", view.map.n_rows
+        names = view.map.name_rows(0, n_rows)
+        damages = [Damage(where, fmt.WEIGHTS, problem, step, (0, n_rows - 1), names)]
     found.damaged += damages
     found.chunks_checked += len(answers)
     found.bytes_checked += 0 if quick else view.stored_bytes // len(view.steps)

@@ -176,6 +176,7 @@ class StoreView:
             raise StoreCorrupt(
                 "its chunks are not the ones that were committed (swapped, stale or foreign)",
                 file=self.path / fmt.WEIGHTS / f"c.*.{t}",
+                tensor=self.map.name_rows(0, self.map.n_rows),
                 step=int(self.steps[t]),
                 hint=_REMEDY,
             )

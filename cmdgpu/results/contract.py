@@ -1,0 +1,170 @@
+"""What a fit decides, what it leaves, and where it leaves it: the words of a result, without a disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from cmdgpu.notation import F32, F64, I16, I64, AnyArray
+from cmdgpu.statistics import Totals, UnitStatistics, summarise
+from cmdgpu.store import format as fmt
+from cmdgpu.store.parameter_map import ParameterMap
+
+
+@dataclass(frozen=True)
+class ModeSet:
+    """What a fit decides before the pass: the sample, its clustering, the references."""
+
+    references: F32
+    """R_mt (M, T)"""
+    reference_rows: I64
+    """(M,)"""
+    sample_rows: I64
+    """(K,) ascending"""
+    sample_labels: I16
+    """(K,) mode of each, -1 constant, -2 non-finite"""
+    sample: F32
+    """(K, T)"""
+    linkage: F64
+    """(K' - 1, 4)"""
+
+    @property
+    def n_modes(self) -> int:
+        return len(self.references)
+
+    def digests(self) -> dict[str, str]:
+        return {
+            field.name: fmt.sha256(np.ascontiguousarray(getattr(self, field.name)).tobytes())
+            for field in dataclasses.fields(self)
+        }
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything the numbers depend on; two fits of one fingerprint write the same bytes."""
+
+    source: Mapping[str, Any]
+    config: Mapping[str, Any]
+    code: Mapping[str, Any]
+    origin: str | None = None
+    """Where the trajectory lies, seen from the result's parent: a hint, and no part of the fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fmt.sha256(fmt.canonical({"format": fmt.FORMAT, **self._settings()}))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"source": dict(self.source), "config": dict(self.config), "code": dict(self.code)}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._settings(), "origin": self.origin}
+
+    def difference(self, other: Mapping[str, Any]) -> str:
+        """The first setting that differs, as text: ``config n_modes: 10 there, 5 asked``."""
+        for part, mine in self._settings().items():
+            theirs = cast(Mapping[str, Any], other.get(part, {}))
+            for key in sorted({*mine, *theirs}):
+                if mine.get(key) != theirs.get(key):
+                    shown = f"{_short(theirs.get(key))} there, {_short(mine.get(key))} asked"
+                    return f"{part} {key}: {shown}"
+        return "the format"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 48 else f"{text[:45]}..."
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """The fits of one unit's rows, (n,) each."""
+
+    mode: I16
+    a: F32
+    b: F32
+    correlation: F32
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The shape of a result: whose rows, at which steps, in which units."""
+
+    map: ParameterMap
+    steps: I64
+    rows: int
+    """Rows per unit."""
+
+    @property
+    def n_rows(self) -> int:
+        return self.map.n_rows
+
+    @property
+    def n_units(self) -> int:
+        return -(-self.n_rows // self.rows)
+
+    def unit(self, i: int) -> tuple[int, int]:
+        """[start, stop) of the rows of unit i."""
+        return i * self.rows, min((i + 1) * self.rows, self.n_rows)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A complete decomposition."""
+
+    frame: Frame
+    modes: ModeSet
+    mode: RowArray
+    a: RowArray
+    b: RowArray
+    correlation: RowArray
+    totals: Totals
+    provenance: Mapping[str, Any]
+    """source, config, code, origin"""
+    n_bytes: int
+    """Bytes of everything needed to rebuild: references and four numbers per row."""
+    path: Path | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return summarise(self.totals, self.frame.map, len(self.frame.steps))
+
+
+class RowArray(Protocol):
+    """(N,) array-like: a NumPy array, or chunks on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+    def __array__(self, *args: Any, **kwargs: Any) -> AnyArray: ...
+
+
+class ResultWriter(Protocol):
+    """Where the pass leaves its units."""
+
+    @property
+    def modes(self) -> ModeSet: ...
+
+    def is_done(self, unit: int) -> bool: ...
+
+    def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
+        """Keep one unit; whole and durable when this returns. Units may come in any order."""
+        ...
+
+    def finish(self) -> Result: ...
+
+
+def result_bytes(n_rows: int, n_modes: int, n_snapshots: int) -> int:
+    """mode 2 + a 4 + b 4 + correlation 4 bytes a row, and the references."""
+    return 14 * n_rows + 4 * n_modes * n_snapshots

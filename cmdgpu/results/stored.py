@@ -1,0 +1,220 @@
+"""A result on disk, written: begun under a name of its own, filled unit by unit, named when complete."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+
+from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists
+from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
+from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest, statistics_shapes
+from cmdgpu.results.modes import MODE_ARRAYS, read_modes
+from cmdgpu.results.opened import open_result, partial_path, partials_of, progress_of
+from cmdgpu.statistics import UnitStatistics, summarise
+from cmdgpu.store import durable
+from cmdgpu.store import format as fmt
+from cmdgpu.store.chunks import crc32c
+
+_WRITERS: Final = 3
+"""Chunk files in flight: an fsync waits for the device, not for a core."""
+_PATIENCE: Final = 50
+"""Tenths of a second another process may take to finish the same fit."""
+
+
+def begin_result(
+    out: Path, frame: Frame, provenance: Provenance, make_modes: Callable[[], ModeSet], *, resume: bool
+) -> StoredWriter | Result:
+    """The writer of a fit that is to end up at ``out``; the result itself when it is there already.
+
+    ``make_modes`` (sample and cluster) is called only when no unfinished fit of this fingerprint is found:
+    its references are then taken from disk, since a second clustering could split a near-tie differently.
+    Raises StoreExists, naming the setting that differs, for another fit at ``out`` or unfinished beside it;
+    ``resume=False`` throws unfinished ones away, never a finished one.
+    """
+    if out.exists() or out.is_symlink():
+        return _same_or_refuse(out, provenance)
+    mine = partial_path(out, provenance.fingerprint)
+    for partial in partials_of(out):
+        if not resume:
+            shutil.rmtree(partial)
+        elif partial != mine:
+            document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
+            difference = provenance.difference(document["attributes"]["cmdgpu"])
+            raise StoreExists(
+                f"an unfinished fit with other settings is here ({difference})",
+                file=partial,
+                hint="finish that one, choose another output, or start over with --no-resume",
+            )
+    if not mine.exists():
+        _create(mine, frame, provenance, make_modes())
+    return StoredWriter(out, mine, frame, provenance)
+
+
+def finished_elsewhere(out: Path, provenance: Provenance) -> Result | None:
+    """The result of another process that ran the same fit and was first, or None.
+
+    Two processes on one fit write the same bytes; the first to finish sweeps up and renames, and the other
+    finds its files gone. While that one is at it, wait.
+    """
+    partial = partial_path(out, provenance.fingerprint)
+    for _ in range(_PATIENCE):
+        if not out.exists():
+            done, total = progress_of(partial) if partial.exists() else (0, 1)
+            if done < total and partial.exists():
+                return None
+            time.sleep(0.1)
+        else:
+            try:
+                return _same_or_refuse(out, provenance)
+            except StoreExists:
+                return None
+    return None
+
+
+def _same_or_refuse(out: Path, provenance: Provenance) -> Result:
+    try:
+        document, _ = fmt.read_document(out / fmt.DOCUMENT, "group", "result")
+    except CmdgpuError as error:
+        raise StoreExists("something else is here", file=out, hint="choose another output") from error
+    if document["attributes"]["cmdgpu"]["fingerprint"] == provenance.fingerprint:
+        return open_result(out)
+    difference = provenance.difference(document["attributes"]["cmdgpu"])
+    raise StoreExists(
+        f"a fit with other settings is here ({difference})", file=out, hint="choose another output"
+    )
+
+
+def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) -> None:
+    durable.make_directory(path.parent)
+    building = path.parent / durable.partial_name(path.name)
+    durable.make_directory(building)
+    try:
+        for name, (kind, dims) in MODE_ARRAYS.items():
+            values = np.ascontiguousarray(getattr(modes, name))
+            chunks = tuple(max(size, 1) for size in values.shape)
+            _create_array(building, name, values.shape, chunks, kind, dims, 0)
+            if values.size:
+                file = fmt.chunk_name(*[0] * values.ndim)
+                durable.write_file(building / name, file, [durable.bytes_of(values), crc32c(values)])
+        n, units = frame.n_rows, frame.n_units
+        for name, (kind, fill) in fmt.RESULT_ROWS.items():
+            _create_array(building, name, (n,), (frame.rows,), kind, ("parameter",), fill)
+        stats = statistics_shapes(frame, modes.n_modes)
+        _create_array(building, "segment_stats", (units, *stats[0]), (1, *stats[0]), "float64",
+                      ("unit", "segment", "field", "class"), float("nan"))  # fmt: skip
+        _create_array(building, "unit_hist", (units, *stats[1]), (1, *stats[1]), "int64",
+                      ("unit", "mode", "bin"), -1)  # fmt: skip
+        _create_array(building, DONE, (units, 32), (1, 32), "uint8", ("unit", "byte"), 0)
+        head = fmt.own(
+            "result",
+            status="incomplete",
+            fingerprint=provenance.fingerprint,
+            digests=modes.digests(),
+            units={"rows": frame.rows, "count": units},
+            steps=frame.steps.tolist(),
+            layout=frame.map.to_json(),
+            **provenance.to_json(),
+        )
+        durable.write_file(building, fmt.DOCUMENT, [fmt.encode(fmt.group_document({"cmdgpu": head}))])
+        for directory in (*(p for p in building.iterdir() if p.is_dir()), building):
+            durable.flush_directory(directory)
+        try:
+            durable.publish_directory(building, path)
+        except StoreExists:
+            if not path.exists():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _create_array(
+    parent: Path, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], kind: str,
+    dims: tuple[str, ...], fill: float | int,
+) -> None:  # fmt: skip
+    durable.make_directory(parent / name)
+    document = fmt.array_document(shape, chunks, kind, dims, fill, {"cmdgpu": fmt.own("result-array")})
+    durable.write_file(parent / name, fmt.DOCUMENT, [fmt.encode(document)])
+
+
+class StoredWriter:
+    """Units into ``<out>.<fingerprint>.partial``; ``finish`` gives it its name."""
+
+    def __init__(self, out: Path, partial: Path, frame: Frame, provenance: Provenance) -> None:
+        document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
+        head = document["attributes"]["cmdgpu"]
+        self.modes = read_modes(partial, head)
+        self._out = out
+        self._partial = partial
+        self._frame = frame
+        self._ledger = Ledger(partial, frame, self.modes.n_modes, head["fingerprint"], plan_digest(head))
+        self._document = document
+
+    def is_done(self, unit: int) -> bool:
+        """A unit counts when its record is whole and every chunk is, byte for byte, what it vouches for."""
+        if not (self._partial / DONE / fmt.chunk_name(unit, 0)).exists():
+            return False
+        try:
+            for name, kept in zip(UNIT_ARRAYS, self._ledger.crcs(unit), strict=True):
+                self._ledger.read(name, unit, kept)
+        except StoreCorrupt:
+            return False  # torn by a crash: the unit is computed again, to the same bytes
+        return True
+
+    def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
+        n = len(rows.mode)
+        chunks = {name: self._ledger.empty(name) for name in UNIT_ARRAYS}
+        for name in fmt.RESULT_ROWS:
+            chunks[name][:n] = getattr(rows, name)
+        chunks["segment_stats"][0, : len(statistics.segments)] = statistics.segments
+        chunks["unit_hist"][0, : len(statistics.histogram)] = statistics.histogram
+
+        def put(name: str) -> bytes:
+            file, crc = self._ledger.file(name, unit), crc32c(chunks[name])
+            durable.write_file(file.parent, file.name, [durable.bytes_of(chunks[name]), crc])
+            durable.flush_directory(file.parent)
+            return crc
+
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cmdgpu-result") as pool:
+            crcs = list(pool.map(put, UNIT_ARRAYS))
+        self._tick_off(unit, crcs)
+
+    def _tick_off(self, unit: int, crcs: list[bytes]) -> None:
+        """Only after the data are durable: done before data would acknowledge nothing."""
+        record = self._ledger.record(unit, crcs)
+        directory = self._partial / DONE
+        durable.write_file(directory, fmt.chunk_name(unit, 0), [record.tobytes(), crc32c(record)])
+        durable.flush_directory(directory)
+
+    def finish(self) -> Result:
+        """Check every record, merge the statistics in unit order, mark complete, rename.
+
+        ``out`` never exists incomplete. Raises StoreCorrupt naming the unit whose chunks are not the ones
+        that were fitted.
+        """
+        for unit in range(self._frame.n_units):
+            self._ledger.crcs(unit)
+        totals = self._ledger.totals(self.modes.n_modes)
+        head = self._document["attributes"]["cmdgpu"]
+        head["status"] = "complete"
+        head["metrics"] = _finite(summarise(totals, self._frame.map, len(self._frame.steps)))
+        for directory in (p for p in self._partial.iterdir() if p.is_dir()):
+            durable.remove_partials(directory)
+        durable.write_file(self._partial, fmt.DOCUMENT, [fmt.encode(fmt.seal(self._document))])
+        durable.flush_directory(self._partial)
+        durable.publish_directory(self._partial, self._out)
+        return open_result(self._out)
+
+
+def _finite(value: Any) -> Any:
+    """NaN has no place in strict JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in cast(list[Any], value)]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
