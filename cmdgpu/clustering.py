@@ -42,7 +42,8 @@ def moving_rows(sample_kt: F64) -> tuple[F64, I16]:
     that a row is constant here exactly when it is in the pass.
     """
     finite = cast(BoolArray, np.all(np.isfinite(sample_kt), axis=1))[:, None]
-    shifted = np.where(finite, sample_kt - sample_kt[:, :1], 0.0)
+    known = np.where(finite, sample_kt, 0.0)
+    shifted = known - known[:, :1]
     centred = shifted - shifted.mean(axis=1, keepdims=True)
     ss = np.einsum("kt,kt->k", centred, centred)
     why = np.zeros(len(sample_kt), dtype=np.int16)

@@ -26,11 +26,10 @@ from cmdgpu.results import (
     ResultWriter,
     RowArray,
     begin_result,
-    finished_elsewhere,
     open_result,
     result_bytes,
 )
-from cmdgpu.sampling import SAMPLINGS, draw_sample
+from cmdgpu.sampling import check_sampling, draw_sample
 from cmdgpu.sources import StoreSource
 from cmdgpu.statistics import tensor_shares
 from cmdgpu.store import format as fmt
@@ -81,7 +80,8 @@ class CMD:
         device: str = "auto",
     ) -> None:
         check_stopping_rule(n_modes, threshold)
-        _ = SAMPLINGS[sampling], AFFINITIES[affinity]
+        check_sampling(n_samples, sampling, random_state)
+        _ = AFFINITIES[affinity]
         self.n_modes = n_modes
         self.threshold = threshold
         self.n_samples = n_samples
@@ -140,18 +140,11 @@ class CMD:
         kept = result_bytes(frame.n_rows, begun.modes.n_modes, len(frame.steps)) if out is None else 0
         plan = plan_for(traj.source, frame, work, device, limit, kept)
         self._trajectory = traj
-        try:
-            report = run_pass(traj.source, traj.columns, work, begun, plan, device, progress)
-            stage_s["pass"] = report.seconds
-            started = time.perf_counter()
-            self._result = begun.finish()
-            stage_s["finish"] = time.perf_counter() - started
-        except CmdgpuError:
-            theirs = None if out is None else finished_elsewhere(Path(out), provenance)
-            if theirs is None:
-                raise
-            self._result, self._run = theirs, _nothing_to_do(frame, str(device))
-            return self
+        report = run_pass(traj.source, traj.columns, work, begun, plan, device, progress)
+        stage_s["pass"] = report.seconds
+        started = time.perf_counter()
+        self._result = begun.finish()
+        stage_s["finish"] = time.perf_counter() - started
         name, _ = ops.choose(traj.dtype, len(frame.steps), begun.modes.n_modes, device)
         self._run = _run_figures(report, stage_s, str(device), name)
         return self

@@ -107,7 +107,8 @@ def assign_and_fit(
     """Mode, a, b, correlation and ss of every row of a block in memory; see ``cmdgpu_kernels``.
 
     W is (T, B) when ``time_major``, else (B, T); it is moved to ``device`` when one is given, and the answer
-    comes back to the CPU then. Raises KernelError with every candidate's reasons when none accepts W.
+    comes back to the CPU then. Raises KernelError with every candidate's reasons when none accepts W,
+    UsageError for shapes that disagree, references that never move, an unknown implementation.
     """
     tensor: Any = torch.as_tensor(W)
     if device is not None:
@@ -116,6 +117,8 @@ def assign_and_fit(
         fit = kernels.assign_and_fit(tensor, references, time_major=time_major, implementation=implementation)
     except kernels.NoKernelError as error:
         raise KernelError(str(error)) from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if device is None:
         return fit
     return RowFit(fit.mode.cpu(), fit.a.cpu(), fit.b.cpu(), fit.correlation.cpu(), fit.ss.cpu(), None)

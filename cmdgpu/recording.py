@@ -8,7 +8,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class Recorder:
         """(name, reason) of the model's tensors that are not recorded; known after the first ``record``."""
         return () if self._map is None else self._map.skipped
 
-    def record(self, model: nn.Module, step: int, **scalars: float) -> bool:
+    def record(self, model: nn.Module, step: int, **scalars: SupportsFloat) -> bool:
         """Take a snapshot; False when ``every`` passes over this step.
 
         ``scalars`` (loss=..., accuracy=...) become series beside ``step``, NaN where not given.
@@ -129,18 +129,18 @@ class Recorder:
         """
         self._require_open()
         step = int(step)
-        if step < 0:
-            raise UsageError(f"step {step} is negative", hint="steps count from 0")
+        if not 0 <= step < 1 << 63:
+            raise UsageError(f"step {step} cannot be stored", hint="steps count from 0, up to 2^63 - 1")
         values = {_scalar_name(name): _scalar(name, value) for name, value in scalars.items()}
         if step % self._every:
             return False
+        self._settle()  # first: a step whose snapshot was lost may be recorded again
         if self._last_step is not None and step <= self._last_step:
             raise UsageError(
                 f"step {step} cannot follow step {self._last_step}",
                 file=self.path,
                 hint=f"steps increase; to go back, Recorder(path, rewind_to=...) with a step before {step}",
             )
-        self._settle()
         parameter_map, tensors = describe_model(model, self._choice)
         journal = self._begin(parameter_map)
         column = self._copy(parameter_map, tensors)
@@ -296,5 +296,5 @@ def _scalar_name(name: str) -> str:
 def _scalar(name: str, value: Any) -> float:
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UsageError(f"the scalar {name!r} is {type(value).__name__}, not a number") from error

@@ -161,16 +161,22 @@ SAMPLINGS.add("uniform", _uniform)
 SAMPLINGS.add("layer-balanced", _layer_balanced)
 
 
+def check_sampling(n_samples: int, sampling: str, seed: int) -> None:
+    """Raises UsageError for K < 1, an unknown rule, a negative seed."""
+    if n_samples < 1:
+        raise UsageError(f"a sample of {n_samples} rows", hint="n_samples is at least 1; the paper uses 1000")
+    if seed < 0:
+        raise UsageError(f"a random_state of {seed}", hint="it is a non-negative integer")
+    _ = SAMPLINGS[sampling]
+
+
 def draw_sample(parameter_map: ParameterMap, n_samples: int, sampling: str, seed: int) -> Sample:
     """K distinct rows; all live ones when K is larger.
 
     Up to K = S / 2 (or whenever the candidates are all there is) the sample comes from the candidates;
     a larger K draws from all live rows. Raises UsageError for K < 1, an unknown rule, a negative seed.
     """
-    if n_samples < 1:
-        raise UsageError(f"a sample of {n_samples} rows", hint="n_samples is at least 1; the paper uses 1000")
-    if seed < 0:
-        raise UsageError(f"a random_state of {seed}", hint="it is a non-negative integer")
+    check_sampling(n_samples, sampling, seed)
     rule = SAMPLINGS[sampling]
     live = _Live(parameter_map)
     k = min(n_samples, live.n)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmdgpu.errors import CmdgpuWarning, ModelMismatch, UsageError
 from cmdgpu.models import Patterns, compile_patterns, named_tensors, unwrap
 from cmdgpu.notation import AnyArray
+from cmdgpu.store import format as fmt
 from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
 
@@ -48,7 +49,14 @@ def flat_blocks(entry: TensorEntry, source: RowSource) -> Iterator[Tensor]:
     for piece in entry.pieces:
         for start in range(piece.row, piece.stop, BLOCK_ROWS):
             values = source.read(start, min(start + BLOCK_ROWS, piece.stop))
-            yield torch.as_tensor(values).to(torch_dtype(entry))
+            yield _elements(values, entry)
+
+
+def _elements(values: AnyArray, entry: TensorEntry) -> Tensor:
+    """Numbers as elements of the tensor. A bfloat16 NaN keeps its bits; torch would make all NaNs one."""
+    if entry.dtype == "bfloat16":
+        return torch.as_tensor(fmt.narrow(values, "bfloat16")).view(torch.bfloat16)
+    return torch.as_tensor(values).to(torch_dtype(entry))
 
 
 def raw_bytes(block: Tensor) -> memoryview:
@@ -64,7 +72,7 @@ def build(entry: TensorEntry, source: RowSource) -> Tensor:
         flat = box.reshape(-1) if box.is_contiguous() else torch.empty(piece.n_rows, dtype=out.dtype)
         for start in range(piece.row, piece.stop, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, piece.stop)
-            flat[start - piece.row : stop - piece.row] = torch.as_tensor(source.read(start, stop))
+            flat[start - piece.row : stop - piece.row] = _elements(source.read(start, stop), entry)
         if not box.is_contiguous():
             box.copy_(flat.reshape(piece.size))
     return out

@@ -127,12 +127,12 @@ class Disk:
         os.rename(old, new)  # noqa: PTH104  Path.rename is watched too
 
 
-def every_fault(fault: Fault) -> Iterator[Disk]:
+def every_fault(fault: Fault, least: int = 20) -> Iterator[Disk]:
     """One disk after the other, failing at call 1, 2, ... until the work gets through without meeting it."""
     for k in range(1, 10_000):
         disk = Disk(k, fault)
         yield disk
         if not disk.fired:
-            assert k > 20, "hardly any call was watched: the harness no longer sees the disk"
+            assert k > least, "hardly any call was watched: the harness no longer sees the disk"
             return
     raise AssertionError("the work never got through")

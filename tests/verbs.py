@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import torch
+import xarray
 import zarr
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from cmdgpu.store.verification import verify_store
 from cmdgpu.store.view import StoreView
 
 ROWS: Final = 256
-STEPS: Final = (0, 10, 25)
+STEPS: Final[tuple[int, ...]] = (0, 10, 25)
 LAYOUT: Final = ParameterMap(
     whole(
         [
@@ -109,7 +110,11 @@ def check_store_holds(path: Path, steps: Sequence[int], scalars: Sequence[str] =
 
 def plain_array(path: Path, name: str) -> Any:
     """The array as somebody without this package opens it."""
-    return cast(Any, zarr.open_group(str(path), mode="r"))[name]
+    return cast(Any, zarr).open_group(str(path), mode="r")[name]
+
+
+def open_xarray(path: Path) -> Any:
+    return cast(Any, xarray).open_zarr(path, consolidated=False)
 
 
 def zarr_values(path: Path, name: str) -> AnyArray:
@@ -199,7 +204,7 @@ class Net(nn.Module):
         self.empty = nn.Parameter(torch.empty(0, 3))
         self.turned = nn.Parameter(torch.arange(12.0).reshape(3, 4).T)
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
-        self.half = nn.Parameter(torch.ones(7, dtype=torch.bfloat16))
+        self.low = nn.Parameter(torch.ones(7, dtype=torch.bfloat16))
         self.head = nn.Linear(16, 20, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("running", torch.zeros(2))

@@ -29,7 +29,7 @@ from cmdgpu.results.opened import (
     progress_of,
     require_result,
 )
-from cmdgpu.results.stored import StoredWriter, begin_result, finished_elsewhere
+from cmdgpu.results.stored import StoredWriter, begin_result
 from cmdgpu.results.verification import verify_result
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "UnitRows",
     "begin_result",
     "describe_result",
-    "finished_elsewhere",
     "kind_of",
     "open_result",
     "partial_path",

@@ -98,12 +98,13 @@ class Ledger:
         return found
 
     def totals(self, n_modes: int) -> Totals:
-        """Statistics of all units, merged in unit order."""
+        """Statistics of all units, each vouched for by its record, merged in unit order."""
         totals = Totals.zero(self.frame.map, n_modes)
         for unit in range(self.frame.n_units):
             start, stop = self.frame.unit(unit)
             n_segments = len(self.frame.map.segments(start, stop))
-            segments = self.read("segment_stats", unit)[0, :n_segments]
-            histogram = self.read("unit_hist", unit)[0, :n_modes]
+            kept = dict(zip(UNIT_ARRAYS, self.crcs(unit), strict=True))
+            segments = self.read("segment_stats", unit, kept["segment_stats"])[0, :n_segments]
+            histogram = self.read("unit_hist", unit, kept["unit_hist"])[0, :n_modes]
             totals.add(self.frame.map, start, stop - start, UnitStatistics(segments, histogram))
         return totals

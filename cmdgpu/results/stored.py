@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists
+from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
 from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
 from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest, statistics_shapes
 from cmdgpu.results.modes import MODE_ARRAYS, read_modes
-from cmdgpu.results.opened import open_result, partial_path, partials_of, progress_of
+from cmdgpu.results.opened import open_result, partial_path, partials_of
 from cmdgpu.statistics import UnitStatistics, summarise
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
@@ -23,8 +22,6 @@ from cmdgpu.store.chunks import crc32c
 
 _WRITERS: Final = 3
 """Chunk files in flight: an fsync waits for the device, not for a core."""
-_PATIENCE: Final = 50
-"""Tenths of a second another process may take to finish the same fit."""
 
 
 def begin_result(
@@ -51,30 +48,14 @@ def begin_result(
                 file=partial,
                 hint="finish that one, choose another output, or start over with --no-resume",
             )
-    if not mine.exists():
-        _create(mine, frame, provenance, make_modes())
-    return StoredWriter(out, mine, frame, provenance)
-
-
-def finished_elsewhere(out: Path, provenance: Provenance) -> Result | None:
-    """The result of another process that ran the same fit and was first, or None.
-
-    Two processes on one fit write the same bytes; the first to finish sweeps up and renames, and the other
-    finds its files gone. While that one is at it, wait.
-    """
-    partial = partial_path(out, provenance.fingerprint)
-    for _ in range(_PATIENCE):
+    try:
+        if not mine.exists():
+            _create(mine, frame, provenance, make_modes())
+        return StoredWriter(out, mine, frame, provenance)
+    except CmdgpuError:
         if not out.exists():
-            done, total = progress_of(partial) if partial.exists() else (0, 1)
-            if done < total and partial.exists():
-                return None
-            time.sleep(0.1)
-        else:
-            try:
-                return _same_or_refuse(out, provenance)
-            except StoreExists:
-                return None
-    return None
+            raise
+        return _same_or_refuse(out, provenance)  # another process ended this fit just now
 
 
 def _same_or_refuse(out: Path, provenance: Provenance) -> Result:
@@ -143,7 +124,11 @@ def _create_array(
 
 
 class StoredWriter:
-    """Units into ``<out>.<fingerprint>.partial``; ``finish`` gives it its name."""
+    """Units into ``<out>.<fingerprint>.partial``; ``finish`` gives it its name.
+
+    Several processes may be at one fit: they write the same bytes. The first to finish sweeps up and renames;
+    the others find their files gone and take its result for theirs.
+    """
 
     def __init__(self, out: Path, partial: Path, frame: Frame, provenance: Provenance) -> None:
         document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
@@ -180,9 +165,14 @@ class StoredWriter:
             durable.flush_directory(file.parent)
             return crc
 
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cmdgpu-result") as pool:
-            crcs = list(pool.map(put, UNIT_ARRAYS))
-        self._tick_off(unit, crcs)
+        try:
+            with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cmdgpu-result") as pool:
+                crcs = list(pool.map(put, UNIT_ARRAYS))
+            self._tick_off(unit, crcs)
+        except WriteFailed as error:
+            # swept up by who finished this fit: the unit was done already; any other failure is ours
+            if not _vanished(error) or not (self.is_done(unit) or self._ended_elsewhere()):
+                raise
 
     def _tick_off(self, unit: int, crcs: list[bytes]) -> None:
         """Only after the data are durable: done before data would acknowledge nothing."""
@@ -197,18 +187,51 @@ class StoredWriter:
         ``out`` never exists incomplete. Raises StoreCorrupt naming the unit whose chunks are not the ones
         that were fitted.
         """
-        for unit in range(self._frame.n_units):
-            self._ledger.crcs(unit)
+        try:
+            self._mark_complete()
+        except (CmdgpuError, OSError):
+            if not self._ended_elsewhere():
+                raise
+            return open_result(self._out)
+        try:
+            durable.publish_directory(self._partial, self._out)
+        except (StoreExists, WriteFailed) as error:
+            if not (isinstance(error, StoreExists) or _vanished(error)) or not self._is_mine(self._out):
+                raise
+            shutil.rmtree(self._partial, ignore_errors=True)
+        _sweep(self._out)  # what others began meanwhile
+        return open_result(self._out)
+
+    def _is_mine(self, path: Path) -> bool:
+        """Whether the result of this very fit lies there."""
+        try:
+            document, _ = fmt.read_document(path / fmt.DOCUMENT, "group", "result")
+        except CmdgpuError:
+            return False
+        mine = self._document["attributes"]["cmdgpu"]["fingerprint"]
+        return document["attributes"]["cmdgpu"]["fingerprint"] == mine
+
+    def _ended_elsewhere(self) -> bool:
+        return not self._partial.exists() and self._is_mine(self._out)
+
+    def _mark_complete(self) -> None:
         totals = self._ledger.totals(self.modes.n_modes)
         head = self._document["attributes"]["cmdgpu"]
         head["status"] = "complete"
         head["metrics"] = _finite(summarise(totals, self._frame.map, len(self._frame.steps)))
-        for directory in (p for p in self._partial.iterdir() if p.is_dir()):
-            durable.remove_partials(directory)
+        _sweep(self._partial)
         durable.write_file(self._partial, fmt.DOCUMENT, [fmt.encode(fmt.seal(self._document))])
         durable.flush_directory(self._partial)
-        durable.publish_directory(self._partial, self._out)
-        return open_result(self._out)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what killed and late workers left in the arrays of a result."""
+    for directory in (p for p in path.iterdir() if p.is_dir()):
+        durable.remove_partials(directory)
+
+
+def _vanished(error: WriteFailed) -> bool:
+    return isinstance(error.__cause__, FileNotFoundError)
 
 
 def _finite(value: Any) -> Any:

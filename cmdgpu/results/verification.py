@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from cmdgpu.errors import StoreCorrupt
+from cmdgpu.errors import CmdgpuError, StoreCorrupt
 from cmdgpu.progress import Progress, Silent
-from cmdgpu.results.ledger import UNIT_ARRAYS, Ledger
+from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger
 from cmdgpu.results.opened import open_parts
+from cmdgpu.store import format as fmt
 from cmdgpu.store.verification import Damage, Verification
 
 
@@ -19,7 +21,7 @@ def verify_result(path: Path, *, quick: bool = False, progress: Progress | None 
         ledger, _, _ = open_parts(path)
     except StoreCorrupt as error:
         return Verification(0, 0, [Damage(error.file or str(path), "metadata", error.message)])
-    found = Verification(0, 0, [])
+    found = Verification(0, 0, list(_document_damage(path)))
     unit_bytes = ledger.frame.rows * 14
     progress.begin("verify", unit_bytes * ledger.frame.n_units)
     try:
@@ -31,6 +33,16 @@ def verify_result(path: Path, *, quick: bool = False, progress: Progress | None 
     finally:
         progress.end()
     return found
+
+
+def _document_damage(path: Path) -> Iterator[Damage]:
+    """Metadata only other Zarr readers believe: ours knows the shapes of its arrays."""
+    for name in (*UNIT_ARRAYS, DONE):
+        file = path / name / fmt.DOCUMENT
+        try:
+            fmt.read_document(file, "array", "result-array")
+        except CmdgpuError as error:
+            yield Damage(str(file), name, error.message)
 
 
 def _unit_damage(ledger: Ledger, unit: int, quick: bool) -> list[Damage]:

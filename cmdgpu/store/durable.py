@@ -157,7 +157,7 @@ def remove(path: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise WriteFailed(f"cannot delete: {_reason(error)}", file=path) from error
 
@@ -198,9 +198,10 @@ class Lock:
                 file=path.parent.parent,
                 hint="close that recorder, or wait until it ends",
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         _HELD.add(self)
+        with contextlib.suppress(OSError):  # who holds it is a courtesy, and a full disk has no room for it
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         if self._fd is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmdgpu import ops
-from cmdgpu.notation import F32, F64
+from cmdgpu.notation import F32, F64, UNWRITTEN
 from cmdgpu.results import Frame, UnitRows
 from cmdgpu.statistics import UnitStatistics, unit_statistics
 
@@ -43,7 +43,7 @@ class AssignAndFit:
         return fit.mode, fit.a, fit.b, fit.correlation, fit.ss
 
     def conclude(self, unit: int, outputs: tuple[Tensor, ...]) -> tuple[UnitRows, UnitStatistics]:
-        """The rows that exist (a last unit is padded) and their sums."""
+        """The rows that exist (a last unit is padded) and their sums; holes stay as if never written."""
         start, stop = self.frame.unit(unit)
         mode, a, b, correlation, ss = (output[: stop - start].numpy() for output in outputs)
         statistics = unit_statistics(
@@ -58,6 +58,10 @@ class AssignAndFit:
             n_snapshots=len(self.frame.steps),
             epsilon=_EPSILON[self.dtype],
         )
+        for low, high in self.frame.map.holes:
+            hole = slice(max(low - start, 0), max(high - start, 0))
+            mode[hole] = UNWRITTEN
+            a[hole] = b[hole] = correlation[hole] = np.nan
         return UnitRows(mode, a, b, correlation), statistics
 
     def fixed_bytes(self, device: torch.device) -> int:

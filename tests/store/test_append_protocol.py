@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xarray
 
 from cmdgpu.errors import (
     CmdgpuError,
@@ -34,6 +33,7 @@ from tests.verbs import (
     check_store_holds,
     create_store,
     leftovers,
+    open_xarray,
     tree_bytes,
 )
 
@@ -154,7 +154,7 @@ class Reopened:
         assert leftovers(store) == []
         if self._is_new(store):
             check_store_holds(store, seen, scalars)
-            with xarray.open_zarr(store, consolidated=False) as opened:
+            with open_xarray(store) as opened:
                 assert set(opened.data_vars) | set(opened.coords) == set(ARRAYS) | set(scalars)
                 assert opened["step"].values.tolist() == seen
             journal = Journal.open(store)

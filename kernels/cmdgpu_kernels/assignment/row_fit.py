@@ -1,0 +1,45 @@
+"""What the pass knows about every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowFit"]
+
+
+@dataclass(frozen=True, eq=False)
+class RowFit:
+    """Mode and straight line of B rows: ``w ~ a * r[mode] + b``. Tensors of shape (B,), on W's device."""
+
+    mode: Tensor
+    """int16: the reference; -1 a row that never moves (or M = 0), -2 a row that is not finite."""
+    a: Tensor
+    b: Tensor
+    correlation: Tensor
+    """float32, signed, within [-1, 1]."""
+    ss: Tensor
+    """float32: sum of squares about the row's mean; the residual is ``ss (1 - correlation^2)``."""
+    margin: Tensor | None = None
+    """float32: |corr| with the best distinct reference minus |corr| with the second (0 when there is none).
+
+    Implementations sum in different orders, so their modes may differ where it is below their tolerance.
+    """
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device, *, margin: bool) -> RowFit:
+        """Unwritten outputs for ``rows`` rows."""
+
+        def vector(dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(rows, dtype=dtype, device=device)
+
+        return cls(
+            mode=vector(torch.int16),
+            a=vector(),
+            b=vector(),
+            correlation=vector(),
+            ss=vector(),
+            margin=vector() if margin else None,
+        )

@@ -1,0 +1,176 @@
+"""``assign_and_fit`` on a time-major block: one thread owns whole rows, float32 fused multiply-adds.
+
+Imported only where triton is.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false, reportMissingParameterType=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportUnnecessaryIsInstance=false
+# The language inside @triton.jit has no types that a checker could see.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cmdgpu_kernels import limits
+from cmdgpu_kernels.device_math import merge_moments, spread_pivot, sum_partial, zeros
+
+__all__ = ["INTERPRETED", "assign_and_fit_kernel"]
+
+CONSTANT = tl.constexpr(limits.CONSTANT)
+NOT_FINITE = tl.constexpr(limits.NOT_FINITE)
+SMALLEST_SS = tl.constexpr(limits.SMALLEST_SS)
+LARGEST_SS = tl.constexpr(limits.LARGEST_SS)
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def _add_partial(
+    state,
+    live,
+    ld,
+    STEPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Add STEPS snapshots to the totals, then move the pivot to their mean."""
+    rows, z, tail, seen, origin, pivot, step, mean, ss, d = state
+    s1, s2, partial, rows, z = sum_partial(
+        rows, z, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN
+    )
+    total = ()
+    for i in tl.static_range(COUNT):
+        # What the last step of the pivot takes out of this and all later partials.
+        total = total + (tl.fma(step, tl.load(tail + i), d[i] + partial[i]),)
+    mean, ss, mean_x = merge_moments(s1, s2, seen, origin, pivot, mean, ss, STEPS)
+    # The step that is taken, which rounding makes another than the one that is meant.
+    step = pivot + mean_x - pivot
+    return rows, z, tail + STRIDE, seen + STEPS, origin, pivot + step, step, mean, ss, total
+
+
+@triton.jit
+def _sum_all(
+    rows,
+    z,
+    tail,
+    live,
+    origin,
+    ld,
+    T: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Mean from the origin, centred sum of squares and d over all T snapshots, in partials."""
+    none = tl.zeros([BLOCK_N], tl.float32)
+    state = (rows, z, tail, 0.0, origin, origin, none, none, none, zeros(COUNT, BLOCK_N))
+    for _ in tl.range(0, T // PARTIAL):
+        state = _add_partial(state, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+    if T % PARTIAL != 0:
+        state = _add_partial(state, live, ld, T % PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+    return state[7], state[8], state[9]
+
+
+@triton.jit
+def assign_and_fit_kernel(
+    W_tb,  # IN  (T, N)  a snapshot is contiguous; float32, float16 or bfloat16
+    Z_tm,  # IN  (T, SWEEPS * COUNT)  float32, distinct references, centred, unit norm; padded with 0
+    tail_cm,  # IN  (partials, SWEEPS * COUNT)  float32, sums of Z_tm from each partial on
+    index_m,  # IN  (M,)    int32   the caller's number of each distinct reference
+    mean_m,  # IN  (M,)    float32 mean of the raw reference
+    rnorm_inv_m,  # IN  (M,)    float32 1 / |r - mean(r)|
+    mode_n,  # OUT (N,)    int16
+    a_n,  # OUT (N,)    float32
+    b_n,  # OUT (N,)    float32
+    correlation_n,  # OUT (N,)    float32
+    ss_n,  # OUT (N,)    float32
+    margin_n,  # OUT (N,)    float32, not touched unless MARGIN
+    N: tl.int64,
+    ld: tl.int64,  # elements between snapshots; t * ld passes 2**31 from ld of 2e7 at T = 100
+    T: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    SWEEPS: tl.constexpr,  # passes over the snapshots
+    COUNT: tl.constexpr,  # references of one of them
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,  # N is a multiple of BLOCK_N
+    MARGIN: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    lane = tl.arange(0, BLOCK_N)
+    live = lane < N - start
+    rows = W_tb + start + lane
+    origin = spread_pivot(rows, live, ld, T, EVEN)
+
+    mean = tl.zeros([BLOCK_N], tl.float32)
+    ss = tl.zeros([BLOCK_N], tl.float32)
+    best = tl.zeros([BLOCK_N], tl.float32)
+    second = tl.zeros([BLOCK_N], tl.float32)
+    d_best = tl.zeros([BLOCK_N], tl.float32)
+    winner = tl.zeros([BLOCK_N], tl.int32)
+    # A loop at run time: unrolled, the sweeps are interleaved and spill.
+    for sweep in tl.range(0, SWEEPS):
+        first = sweep * COUNT
+        mean, ss, d = _sum_all(
+            rows,
+            Z_tm + first,
+            tail_cm + first,
+            live,
+            origin,
+            ld,
+            T,
+            PARTIAL,
+            COUNT,
+            COUNT * SWEEPS,
+            BLOCK_N,
+            UNROLL,
+            EVEN,
+        )
+        for i in tl.static_range(COUNT):
+            # Ascending and strictly greater: the lowest index wins a tie, and padding, d = 0, never does.
+            size = tl.abs(d[i])
+            better = size > best
+            if MARGIN:
+                second = tl.maximum(second, tl.minimum(size, best))
+            d_best = tl.where(better, d[i], d_best)
+            winner = tl.where(better, first + i, winner)
+            best = tl.where(better, size, best)
+
+    mean += origin
+    # NaN compares false, so a row that is not finite is neither within the limit nor still.
+    finite = ss <= LARGEST_SS
+    still = ss < SMALLEST_SS
+    moving = finite & (ss >= SMALLEST_SS)
+    # The divisor is guarded, not the quotient: the interpreter would warn about the latter.
+    norm = tl.sqrt_rn(tl.where(moving, ss, 1.0))
+
+    a = tl.where(moving, d_best * tl.load(rnorm_inv_m + winner), 0.0)
+    b = tl.fma(-a, tl.load(mean_m + winner), mean)
+    if T == 2:
+        # Two snapshots correlate perfectly with anything that moves; rounding has no say.
+        correlation = tl.where(d_best < 0.0, -1.0, 1.0)
+    else:
+        correlation = tl.minimum(tl.maximum(tl.div_rn(d_best, norm), -1.0), 1.0)
+    mode = tl.where(moving, tl.load(index_m + winner), CONSTANT)
+
+    out = start + lane
+    stored = live if not EVEN else None
+    tl.store(mode_n + out, tl.where(finite, mode, NOT_FINITE).to(tl.int16), mask=stored)
+    tl.store(a_n + out, a, mask=stored)
+    tl.store(b_n + out, tl.where(finite, b, NAN), mask=stored)
+    tl.store(correlation_n + out, tl.where(moving, correlation, 0.0), mask=stored)
+    tl.store(ss_n + out, tl.where(finite, tl.where(still, 0.0, ss), NAN), mask=stored)
+    if MARGIN:
+        margin = tl.where(moving, tl.div_rn(best - second, norm), 0.0)
+        tl.store(margin_n + out, margin, mask=stored)
+
+
+INTERPRETED = not isinstance(assign_and_fit_kernel, triton.JITFunction)
+"""TRITON_INTERPRET was set when the kernel was decorated: it runs on the CPU, for tests of its logic."""

@@ -1,0 +1,95 @@
+"""Device functions for kernels on time-major blocks: every thread owns whole rows.
+
+Imported only where triton is.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false, reportMissingParameterType=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportUnnecessaryIsInstance=false
+# The language inside @triton.jit has no types that a checker could see.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["load_rows", "merge_moments", "spread_pivot", "sum_partial", "zeros"]
+
+
+@triton.jit
+def load_rows(pointers, live, EVEN: tl.constexpr):
+    """One snapshot of the program's rows, as float32. Rows beyond the last one read 0."""
+    # Without a mask the loads are 16 bytes wide whatever N is.
+    if EVEN:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tuple of COUNT vectors. One 2-D tensor would be laid out across lanes and reduced by shuffles."""
+    result = ()
+    for _ in tl.static_range(COUNT):
+        result = result + (tl.zeros([BLOCK_N], tl.float32),)
+    return result
+
+
+@triton.jit
+def spread_pivot(rows, live, ld, T: tl.constexpr, EVEN: tl.constexpr):
+    """p = w_0 + mean over k < 8 of (w[floor(k T / 8)] - w_0), or w_0 when T < 8.
+
+    Exact for a row that never moves, which the mean of 8 equal floats is not.
+    """
+    first = load_rows(rows, live, EVEN)
+    if T < 8:
+        return first
+    else:
+        total = tl.zeros_like(first)
+        for k in tl.static_range(1, 8):
+            total += load_rows(rows + (k * T // 8) * ld, live, EVEN) - first
+        return tl.fma(total, 0.125, first)
+
+
+@triton.jit
+def sum_partial(
+    rows,  # pointers to the first snapshot of the partial
+    z,  # pointer to its first row of references
+    live,
+    pivot,
+    ld,
+    STEPS: tl.constexpr,
+    COUNT: tl.constexpr,  # references of this sweep
+    STRIDE: tl.constexpr,  # references of all sweeps: a row of Z_tm
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the pointers after them."""
+    s1 = tl.zeros([BLOCK_N], tl.float32)
+    s2 = tl.zeros([BLOCK_N], tl.float32)
+    d = zeros(COUNT, BLOCK_N)
+    for _ in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+        x = load_rows(rows, live, EVEN) - pivot
+        s1 += x
+        s2 = tl.fma(x, x, s2)
+        longer = ()
+        for i in tl.static_range(COUNT):
+            # A uniform scalar load: no shared memory, no barrier.
+            longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
+        d = longer
+        rows += ld
+        z += STRIDE
+    return s1, s2, d, rows, z
+
+
+@triton.jit
+def merge_moments(s1, s2, seen, origin, pivot, mean, ss, STEPS: tl.constexpr):
+    """Mean from the origin and centred sum of squares, with one more partial summed behind ``pivot``."""
+    mean_x = tl.div_rn(s1, STEPS * 1.0)
+    gap = pivot - origin + mean_x - mean
+    share = STEPS / (seen + STEPS)
+    mean = tl.fma(gap, share, mean)
+    ss += tl.fma(-s1, mean_x, s2)
+    ss = tl.fma(gap * gap, seen * share, ss)
+    return mean, ss, mean_x

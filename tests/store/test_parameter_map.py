@@ -1,0 +1,150 @@
+"""Laws of the layout: every row belongs to one place of one tensor, or to a hole."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmdgpu.errors import CmdgpuError, ModelMismatch
+from cmdgpu.store.parameter_map import ParameterMap, Piece, TensorEntry, whole
+from tests.strategies import layouts
+from tests.verbs import LAYOUT, N
+
+FILE = Path("zarr.json")
+
+
+@given(layouts())
+def test_a_layout_survives_json(layout: ParameterMap) -> None:
+    assert ParameterMap.from_json(layout.to_json(), FILE) == layout
+
+
+@given(layouts())
+def test_every_row_lies_in_exactly_one_tensor_or_hole(layout: ParameterMap) -> None:
+    owner: dict[int, str] = {}
+    for tensor in layout:
+        assert sum(piece.n_rows for piece in tensor.pieces) == tensor.n_rows == math.prod(tensor.shape)
+        for row in itertools.chain(*(range(piece.row, piece.stop) for piece in tensor.pieces)):
+            assert row not in owner
+            owner[row] = tensor.name
+    holes = {row for start, stop in layout.holes for row in range(start, stop)}
+    assert not holes & set(owner)
+    assert holes | set(owner) == set(range(layout.n_rows))
+
+
+@given(layouts(), st.data())
+def test_segments_are_the_runs_of_tensors_in_a_range(layout: ParameterMap, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, max(layout.n_rows - 1, 0)))
+    stop = data.draw(st.integers(start, layout.n_rows))
+    found = {row: s.tensor for s in layout.segments(start, stop) for row in range(s.start, s.stop)}
+    expected = {
+        row: i
+        for i, tensor in enumerate(layout)
+        for piece in tensor.pieces
+        for row in range(max(piece.row, start), min(piece.stop, stop))
+    }
+    assert found == expected
+    runs = [s.start for s in layout.segments(start, stop)]
+    assert runs == sorted(runs)
+
+
+@given(layouts(), st.data())
+def test_a_row_is_the_element_its_piece_lays_out_in_c_order(
+    layout: ParameterMap, data: st.DataObject
+) -> None:
+    tensors = [tensor for tensor in layout if tensor.n_rows]
+    if not tensors:
+        return
+    tensor = data.draw(st.sampled_from(tensors))
+    piece = data.draw(st.sampled_from(tensor.pieces))
+    k = data.draw(st.integers(0, piece.n_rows - 1))
+    at = next(itertools.islice(itertools.product(*map(range, piece.size)), k, None))
+    place = [i + o for i, o in zip(at, piece.offset, strict=True)]
+    assert layout.locate(piece.row + k) == f"{tensor.name}{place if place else ''}"
+
+
+def test_a_row_of_a_hole_belongs_to_nobody() -> None:
+    layout = ParameterMap(whole([("w", "parameter", "float32", (3,))]), holes=((3, 5),))
+    with pytest.raises(CmdgpuError, match="row 4"):
+        layout.locate(4)
+    assert layout.name_rows(3, 5) == "no tensor"
+    assert layout.n_rows == 5
+
+
+def test_rows_are_named_by_their_first_tensor_and_how_many_follow() -> None:
+    assert LAYOUT.name_rows(0, 320) == "embed.weight"
+    assert LAYOUT.name_rows(319, 321) == "embed.weight +1"
+    assert LAYOUT.name_rows(0, N) == "embed.weight +3"
+
+
+def test_a_name_that_would_act_on_a_terminal_is_escaped() -> None:
+    layout = ParameterMap(whole([("a\x1b[2J\nb", "parameter", "float32", (3,))]))
+    for text in (layout.name_rows(0, 3), layout.locate(1)):
+        assert text.isprintable()
+        assert "\\x1b" in text
+
+
+def test_a_tensor_is_found_under_every_name_it_has() -> None:
+    assert LAYOUT["head.weight"] is LAYOUT["embed.weight"] is LAYOUT.tensors[0]
+    assert "head.weight" in LAYOUT
+    assert "tail.weight" not in LAYOUT
+    assert [t.name for t in LAYOUT] == ["embed.weight", "fc.weight", "fc.bias", "norm.running_mean"]
+    assert (LAYOUT.n_rows_of("parameter"), LAYOUT.n_rows_of("buffer")) == (N - 30, 30)
+
+
+def test_tensors_follow_one_another_an_empty_one_takes_no_rows() -> None:
+    layout = ParameterMap(
+        whole(
+            [
+                ("scalar", "parameter", "float32", ()),
+                ("empty", "parameter", "float32", (0, 4)),
+                ("w", "buffer", "float64", (2, 3)),
+            ]
+        )
+    )
+    assert layout["scalar"].pieces == (Piece((), (), 0),)
+    assert layout["empty"].pieces == ()
+    assert layout["w"].pieces == (Piece((0, 0), (2, 3), 1),)
+    assert layout.n_rows == 7
+
+
+def _with(i: int, **changes: object) -> ParameterMap:
+    tensors = list(LAYOUT.tensors)
+    tensors[i] = replace(tensors[i], **changes)  # pyright: ignore[reportArgumentType]
+    return ParameterMap(tuple(tensors), LAYOUT.aliases)
+
+
+OTHERS: dict[str, tuple[ParameterMap, str, str]] = {
+    "another name": (_with(1, name="fd.weight"), "fc.weight", "'fd.weight'"),
+    "another shape": (_with(2, shape=(17,)), "fc.bias", r"\[16\].*\[17\]"),
+    "another type": (_with(2, dtype="float64"), "fc.bias", "float32.*float64"),
+    "another kind": (_with(3, kind="parameter"), "norm.running_mean", "buffer.*parameter"),
+    "one less": (ParameterMap(LAYOUT.tensors[:3], LAYOUT.aliases), "norm.running_mean", "model lacks it"),
+    "one more": (
+        ParameterMap(
+            (*LAYOUT.tensors, TensorEntry("more", "parameter", "float32", (1,), ())), LAYOUT.aliases
+        ),
+        "more",
+        "store lacks it",
+    ),
+    "no tie": (ParameterMap(LAYOUT.tensors, {}), "head.weight", "tied in one"),
+    "another tie": (ParameterMap(LAYOUT.tensors, {"head.weight": "fc.weight"}), "head.weight", "tied in one"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_first_tensor_that_differs_is_named(name: str) -> None:
+    other, tensor, words = OTHERS[name]
+    with pytest.raises(ModelMismatch, match=words) as caught:
+        LAYOUT.require(other, "run.zarr")
+    assert (caught.value.tensor, caught.value.file) == (tensor, "run.zarr")
+    assert caught.value.hint is not None
+
+
+def test_what_was_skipped_does_not_make_another_model() -> None:
+    LAYOUT.require(ParameterMap(LAYOUT.tensors, LAYOUT.aliases, (), (("x", "why"),)), "run.zarr")

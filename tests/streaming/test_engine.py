@@ -1,0 +1,289 @@
+"""Laws of the pass: one set of bits however it is cut, every byte read once, every unit written once."""
+
+# torch leaves the types of many methods open.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmdgpu.decomposition import CMD
+from cmdgpu.errors import CmdgpuWarning, MemoryLimitError, StoreCorrupt, WriteFailed
+from cmdgpu.memory import parse_bytes
+from cmdgpu.notation import CONSTANT, NON_FINITE, UNWRITTEN, AnyArray
+from cmdgpu.results import Frame, MemoryWriter, UnitRows
+from cmdgpu.sources import StoreSource
+from cmdgpu.statistics import UnitStatistics
+from cmdgpu.store.parameter_map import ParameterMap, whole
+from cmdgpu.trajectory import Trajectory
+from tests.harness import Ticks, check_equals_definition, fit_bits, planted, row_bits, walks, write_store
+from tests.verbs import flip_bit, tree_bytes
+
+T, ROWS = 20, 16384
+N = 5 * ROWS - 1234
+
+
+@pytest.fixture(scope="module")
+def W() -> AnyArray:
+    return planted(N, T, 4, noise=0.3, level=3.0)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory, W: AnyArray) -> dict[int, Path]:
+    """The same values in chunks of several sizes."""
+    folder = tmp_path_factory.mktemp("engine")
+    paths = {rows: folder / f"rows-{rows}.zarr" for rows in (16384, 32768, 65536)}
+    for rows, path in paths.items():
+        Trajectory.from_array(W, out=path, rows_per_chunk=rows)
+    return paths
+
+
+def fit(source: Trajectory | AnyArray, out: Path | None = None, limit: str = "1GiB") -> CMD:
+    return CMD(n_modes=4, n_samples=300).fit(source, out=out, memory_limit=limit)
+
+
+@pytest.fixture
+def one_thread() -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- one set of bits ----------------------------------------------------------------------------------
+
+
+def smallest_limit(source: Trajectory) -> str:
+    with pytest.raises(MemoryLimitError) as refused:
+        fit(source, limit="20MB")
+    return str(refused.value.hint).split()[1]
+
+
+def test_any_memory_limit_gives_the_same_bits(stores: dict[int, Path], tmp_path: Path) -> None:
+    source = Trajectory.open(stores[16384])
+    limits = ["1GiB", smallest_limit(source)]
+    limits.append(f"{parse_bytes(limits[1]) + 8 * ROWS * T * 4}")
+    cmds = [fit(source, limit=limit) for limit in limits]
+    assert len({cmd.metrics_["rows_per_block"] for cmd in cmds}) == 3, "the limits do not change the blocks"
+    assert len({fit_bits(cmd) for cmd in cmds}) == 1
+    trees = [tree_bytes(fit(source, tmp_path / f"{i}.zarr", limit).result.path or tmp_path / "?")
+             for i, limit in enumerate(limits)]  # fmt: skip
+    assert trees[0] == trees[1] == trees[2]
+    assert fit_bits(CMD.load(tmp_path / "0.zarr")) == fit_bits(cmds[0])
+
+
+def test_chunk_sizes_and_an_array_in_memory_give_the_same_rows(stores: dict[int, Path], W: AnyArray) -> None:
+    in_memory = fit(W)
+    for path in stores.values():
+        cmd = fit(Trajectory.open(path))
+        assert row_bits(cmd) == row_bits(in_memory)
+        # sums of other units round differently; what is counted is the same
+        mine, theirs = cmd.result.totals, in_memory.result.totals
+        assert np.array_equal(mine.histogram, theirs.histogram)
+        assert np.array_equal(mine.tensors[:, 0], theirs.tensors[:, 0])
+        np.testing.assert_allclose(mine.tensors, theirs.tensors, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_any_number_of_threads_gives_the_same_bits(stores: dict[int, Path]) -> None:
+    source = Trajectory.open(stores[16384])
+    alone = fit_bits(fit(source))
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert fit_bits(fit(source)) == alone
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_any_order_of_units_gives_the_same_bits(
+    stores: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+) -> None:
+    source = Trajectory.open(stores[16384])
+    straight = fit(source, tmp_path / "straight.zarr" if on_disk else None)
+
+    def shuffled(units: list[int], longest: int) -> list[tuple[int, int]]:
+        del longest
+        return [(unit, unit + 1) for unit in random.Random(1).sample(units, len(units))]
+
+    monkeypatch.setattr("cmdgpu.streaming.engine._runs", shuffled)
+    other = fit(source, tmp_path / "shuffled.zarr" if on_disk else None)
+    assert fit_bits(other) == fit_bits(straight)
+    if on_disk:
+        assert tree_bytes(tmp_path / "shuffled.zarr") == tree_bytes(tmp_path / "straight.zarr")
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_stopped_and_resumed_equals_uninterrupted(stores: dict[int, Path], tmp_path: Path) -> None:
+    source = Trajectory.open(stores[16384])
+    out = tmp_path / "out.zarr"
+
+    for most in (1, 2):
+        ticks = Ticks()
+
+        def stop(ticks: Ticks = ticks, most: int = most) -> None:
+            if ticks.advances > most:
+                raise Stopped
+
+        ticks._on_advance = stop  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(Stopped):
+            CMD(n_modes=4, n_samples=300).fit(source, out=out, progress=ticks)
+        assert not out.exists()
+    resumed = fit(source, out)
+    assert 0 < resumed.metrics_["units_resumed"] < 5
+    whole_fit = fit(source, tmp_path / "whole.zarr")
+    assert fit_bits(resumed) == fit_bits(whole_fit)
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize("tail", [0, 1, 255])
+def test_a_last_unit_of_any_length_is_fitted_like_the_others(tmp_path: Path, tail: int) -> None:
+    n = 3 * 256 + tail
+    W = planted(n, 12, noise=0.2)
+    source = write_store(tmp_path / "tail.zarr", W)
+    cmd = CMD(n_modes=3, n_samples=200).fit(source, out=tmp_path / "out.zarr")
+    assert cmd.labels_.shape == cmd.a_.shape == (n,)
+    check_equals_definition(cmd, W)
+    assert sum(cmd.metrics_["mode_sizes"]) == cmd.metrics_["n_rows"] == n
+    assert fit_bits(CMD(n_modes=3, n_samples=200).fit(source)) == fit_bits(cmd)
+
+
+# ---- every byte once ----------------------------------------------------------------------------------
+
+
+def test_every_chunk_is_read_once(stores: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Trajectory.open(stores[16384]).sel(stride=2)
+    assert isinstance(source.source, StoreSource)
+    read: list[tuple[int, int]] = []
+    lock = threading.Lock()
+    inner = type(source.source.view).read_chunk
+
+    def counting(view: object, i: int, t: int, out: AnyArray) -> None:
+        with lock:
+            read.append((i, t))
+        inner(view, i, t, out)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(type(source.source.view), "read_chunk", counting)
+    cmd = fit(source)
+    assert sorted(read) == [(i, t) for i in range(5) for t in range(0, T, 2)]
+    assert cmd.metrics_["bytes_read"] == 5 * ROWS * (T // 2) * 4
+
+
+def test_progress_ends_at_what_was_announced_resumed_units_included(
+    stores: dict[int, Path], tmp_path: Path
+) -> None:
+    source = Trajectory.open(stores[16384])
+    for out in (None, tmp_path / "out.zarr"):
+        ticks = Ticks()
+        CMD(n_modes=4, n_samples=300).fit(source, out=out, progress=ticks)
+        assert (ticks.what, ticks.done, ticks.ends) == ("fit", ticks.total, 1)
+        assert ticks.total == 5 * ROWS * T * 4
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------------
+
+
+def test_a_damaged_chunk_ends_the_fit_by_name_and_keeps_the_units_before_it(tmp_path: Path) -> None:
+    W = walks(6 * 256, 8)
+    source = write_store(tmp_path / "s.zarr", W)
+    flip_bit(tmp_path / "s.zarr" / "weights" / "c.4.2", 999)
+    work = CMD(n_modes=3, n_samples=50)
+    with pytest.raises(StoreCorrupt, match=r"c\.4\.2: tensor 'W' at step 2: .*crc32c mismatch; .*verify"):
+        work.fit(source, out=tmp_path / "out.zarr", memory_limit=smallest_limit_of(source))
+    flip_bit(tmp_path / "s.zarr" / "weights" / "c.4.2", 999)
+    cmd = work.fit(Trajectory.open(tmp_path / "s.zarr"), out=tmp_path / "out.zarr")
+    assert cmd.metrics_["units_resumed"] >= 1
+    assert fit_bits(cmd) == fit_bits(CMD(n_modes=3, n_samples=50).fit(Trajectory.open(tmp_path / "s.zarr")))
+
+
+def smallest_limit_of(source: Trajectory) -> str:
+    with pytest.raises(MemoryLimitError) as refused:
+        CMD(n_modes=3, n_samples=50).fit(source, memory_limit="1MB")
+    return str(refused.value.hint).split()[1]
+
+
+def test_a_write_that_fails_ends_the_fit_and_its_threads(
+    stores: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, written = MemoryWriter.write, list[int]()
+
+    def failing(writer: MemoryWriter, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
+        if unit == 2:
+            raise WriteFailed("cannot write: the disk is full", file="c.2")
+        written.append(unit)
+        inner(writer, unit, rows, statistics)
+
+    monkeypatch.setattr(MemoryWriter, "write", failing)
+    with pytest.raises(WriteFailed, match="the disk is full"):
+        fit(Trajectory.open(stores[16384]))
+    assert written == [0, 1]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("cmdgpu-read", "cmdgpu-write"))]
+
+
+# ---- rows that are not fitted --------------------------------------------------------------------------
+
+
+def test_a_hole_is_never_labelled_and_counts_nowhere(tmp_path: Path) -> None:
+    """Rows of the layout that belong to no tensor, as a sharded recording pads with."""
+    solid = whole([("a", "parameter", "float32", (300,)), ("b", "parameter", "float32", (500,))])
+    moved = [piece.row + (100 if entry.name == "b" else 0) for entry in solid for piece in entry.pieces]
+    tensors = tuple(
+        type(entry)(entry.name, entry.kind, entry.dtype, entry.shape,
+                    tuple(type(p)(p.offset, p.size, row) for p in entry.pieces))
+        for entry, row in zip(solid, moved, strict=True)
+    )  # fmt: skip
+    layout = ParameterMap(tensors, holes=((300, 400),))
+    W = planted(900, 10)
+    W[300:400] = np.nan
+    source = write_store(tmp_path / "s.zarr", W, layout=layout)
+    cmd = CMD(n_modes=3, n_samples=100).fit(source, out=tmp_path / "out.zarr")
+    labels = np.asarray(cmd.labels_)
+    assert np.all(labels[300:400] == UNWRITTEN)
+    assert np.isnan(np.asarray(cmd.a_)[300:400]).all() and np.isnan(np.asarray(cmd.b_)[300:400]).all()
+    assert np.all(labels[:300] >= 0) and np.all(labels[400:] >= 0)
+    assert (cmd.metrics_["n_rows"], cmd.metrics_["n_nonfinite"]) == (800, 0)
+    at = slice(400, 900)
+    by_hand = np.asarray(cmd.a_)[at].astype(np.float64) * cmd.references_[labels[at], 3] + np.asarray(cmd.b_)[at]
+    assert np.array_equal(cmd.state_dict(3)["b"].numpy(), by_hand.astype(np.float32))
+
+
+def test_rows_that_are_constant_or_not_finite_keep_their_place_in_every_unit(tmp_path: Path) -> None:
+    W = planted(5 * 256, 9)
+    W[::7] = 0.1
+    W[3::11, 4] = np.inf
+    W[5::13, 8] = np.nan
+    source = write_store(tmp_path / "s.zarr", W)
+    cmd = CMD(n_modes=3, n_samples=300).fit(source)
+    check_equals_definition(cmd, W)
+    finite = np.isfinite(W).all(axis=1)
+    assert cmd.metrics_["n_nonfinite"] == np.sum(~finite) == np.sum(np.asarray(cmd.labels_) == NON_FINITE)
+    still = np.sum(finite & (W == W[:, :1]).all(axis=1))
+    assert cmd.metrics_["n_constant"] == still == np.sum(np.asarray(cmd.labels_) == CONSTANT)
+
+
+def test_without_a_moving_row_in_the_sample_every_row_is_its_mean(tmp_path: Path) -> None:
+    W = np.tile(np.arange(700, dtype=np.float32)[:, None], (1, 4))
+    source = write_store(tmp_path / "s.zarr", W)
+    with pytest.warns(CmdgpuWarning, match="none of the 100 sampled rows moves"):
+        cmd = CMD(n_modes=3, n_samples=100).fit(source, out=tmp_path / "out.zarr")
+    assert cmd.n_modes_ == 0 and cmd.references_.shape == (0, 4)
+    assert np.array_equal(np.asarray(cmd.b_), W[:, 0])
+    assert np.all(np.asarray(cmd.labels_) == CONSTANT)
+    loaded = CMD.load(tmp_path / "out.zarr")
+    assert np.array_equal(loaded.state_dict(2)["W"].numpy(), W[:, 2])
+    assert "0 modes" in loaded.summary()
+
+
+def test_a_unit_is_a_chunk_of_the_store(stores: dict[int, Path]) -> None:
+    traj = Trajectory.open(stores[32768])
+    frame = Frame(traj.parameters, traj.steps, traj.source.rows)
+    assert (frame.rows, frame.n_units) == (32768, 3)
+    assert [frame.unit(i) for i in range(3)] == [(0, 32768), (32768, 65536), (65536, N)]
