@@ -79,8 +79,10 @@ def _abs_corr(corr: F64) -> F64:
 def _corr_profile(corr: F64) -> F64:
     """Euclidean distance between rows of the |corr| matrix, by one product and not K^2 differences."""
     gram = np.einsum("ik,jk->ij", corr, corr) if len(corr) <= 2048 else corr @ corr.T
-    square = np.diag(gram)[:, None] + np.diag(gram)[None, :] - 2.0 * gram
-    return np.sqrt(np.maximum(square, 0.0))
+    both = np.diag(gram)[:, None] + np.diag(gram)[None, :]
+    square = both - 2.0 * gram
+    # what cancels leaves up to 4 eps of the terms (measured, K to 2500): equal profiles must have distance 0
+    return np.sqrt(np.where(square > 64 * np.finfo(np.float64).eps * both, square, 0.0))
 
 
 AFFINITIES.add("abs-corr", _abs_corr)

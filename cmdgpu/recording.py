@@ -75,10 +75,7 @@ class Recorder:
             raise UsageError(f"every={every} never records", hint="every is at least 1")
         if buffers not in ("record", "skip"):
             raise UsageError(f"no treatment of buffers named {buffers!r}", hint="have: record, skip")
-        if rows_per_chunk is not None and (rows_per_chunk < 1 or rows_per_chunk % fmt.ROW_QUANTUM):
-            raise UsageError(
-                f"rows_per_chunk={rows_per_chunk}", hint=f"give a positive multiple of {fmt.ROW_QUANTUM}"
-            )
+        fmt.check_rows_per_chunk(rows_per_chunk)
         self.path = Path(path)
         self._every = every
         self._storage = fmt.storage(dtype)

@@ -8,7 +8,6 @@ run at once.
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -200,11 +199,10 @@ class ArraySource:
 
     def read_rows(self, rows: I64, columns: I64) -> AnyArray:
         out = np.empty((len(rows), len(columns)), dtype=fmt.storage(self.dtype).numpy)
-        for start in range(0, math.ceil(self._shape[0] / _SLAB_ROWS) * _SLAB_ROWS, _SLAB_ROWS):
+        for start in (np.unique(rows // _SLAB_ROWS) * _SLAB_ROWS).tolist():
             wanted = (rows >= start) & (rows < start + _SLAB_ROWS)
-            if wanted.any():
-                slab = self._slab(start, min(start + _SLAB_ROWS, self._shape[0]))
-                out[wanted] = slab[rows[wanted] - start][:, columns]
+            slab = self._slab(start, min(start + _SLAB_ROWS, self._shape[0]))
+            out[wanted] = slab[rows[wanted] - start][:, columns]
         return out
 
 

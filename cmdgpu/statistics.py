@@ -18,6 +18,8 @@ from cmdgpu.store.parameter_map import ParameterMap
 FIELDS: Final = ("count", "ss", "rss", "abs_corr", "corr2", "below_quantisation")
 N_BINS: Final = 256
 QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
+_GRANULE: Final = 1 << 14
+"""Rows taken at once, counted from the segment's first: float64 copies of them stay in the cache."""
 _FIRST_MODE: Final = 2
 """Classes: 0 non-finite, 1 constant, then the modes."""
 
@@ -49,28 +51,30 @@ def unit_statistics(
     ss <= T (4 eps mean)^2, eps of the stored type: its correlation is rounding noise.
     """
     n_modes = len(reference_means)
-    n_classes = _FIRST_MODE + n_modes
     segments = parameter_map.segments(first_row, first_row + len(mode))
-    sums = np.zeros((len(segments), len(FIELDS), n_classes))
+    sums = np.zeros((len(segments), len(FIELDS), _FIRST_MODE + n_modes))
     histogram = np.zeros(n_modes * N_BINS, dtype=np.int64)
-    abs_corr = np.abs(correlation.astype(np.float64))
-    finite_ss = np.where(mode == -_FIRST_MODE, 0.0, ss.astype(np.float64))
-    rss = finite_ss * (1.0 - abs_corr**2)
-    of_row = reference_means[np.maximum(mode, 0)] if n_modes else np.zeros(len(mode))
-    mean = np.where(mode == -_FIRST_MODE, 0.0, b.astype(np.float64) + a.astype(np.float64) * of_row)
-    below = (mode >= 0) & (finite_ss <= n_snapshots * (4.0 * epsilon * mean) ** 2)
-    weights = (None, finite_ss, rss, abs_corr, abs_corr**2, below.astype(np.float64))
-    classes = mode.astype(np.int64) + _FIRST_MODE
-    bins = np.minimum((N_BINS * (1.0 - np.sqrt(1.0 - abs_corr))).astype(np.int64), N_BINS - 1)
+    # without modes, the one entry that the sentinels' clipped index finds
+    means = reference_means if n_modes else np.zeros(1)
     for s, segment in enumerate(segments):
-        rows = slice(segment.start - first_row, segment.stop - first_row)
-        for f, weight in enumerate(weights):
-            chosen = None if weight is None else weight[rows]
-            sums[s, f] = np.bincount(classes[rows], weights=chosen, minlength=n_classes)
-        if parameter_map.tensors[segment.tensor].kind == "parameter" and n_modes:
-            labelled = mode[rows] >= 0
-            place = mode[rows][labelled].astype(np.int64) * N_BINS + bins[rows][labelled]
-            histogram += np.bincount(place, minlength=n_modes * N_BINS)
+        is_parameter = parameter_map.tensors[segment.tensor].kind == "parameter"
+        for start in range(segment.start - first_row, segment.stop - first_row, _GRANULE):
+            rows = slice(start, min(start + _GRANULE, segment.stop - first_row))
+            classes = mode[rows].astype(np.int64) + _FIRST_MODE
+            lost = classes == 0
+            abs_corr = np.abs(correlation[rows].astype(np.float64))
+            corr2 = abs_corr**2
+            energy = np.where(lost, 0.0, ss[rows].astype(np.float64))
+            mean = b[rows].astype(np.float64) + a[rows].astype(np.float64) * means[np.maximum(mode[rows], 0)]
+            below = (classes >= _FIRST_MODE) & (energy <= n_snapshots * (4.0 * epsilon * mean) ** 2)
+            weights = (None, energy, energy * (1.0 - corr2), abs_corr, corr2, below.astype(np.float64))
+            for f, weight in enumerate(weights):
+                sums[s, f] += np.bincount(classes, weights=weight, minlength=sums.shape[2])
+            if is_parameter and n_modes:
+                bins = np.minimum((N_BINS * (1.0 - np.sqrt(1.0 - abs_corr))).astype(np.int64), N_BINS - 1)
+                labelled = classes >= _FIRST_MODE
+                place = (classes[labelled] - _FIRST_MODE) * N_BINS + bins[labelled]
+                histogram += np.bincount(place, minlength=len(histogram))
     return UnitStatistics(sums, histogram.reshape(n_modes, N_BINS))
 
 

@@ -11,7 +11,7 @@ from typing import Final, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from cmdgpu.errors import CmdgpuWarning, ModelMismatch, UsageError
+from cmdgpu.errors import CmdgpuWarning, ModelMismatch, UsageError, printable
 from cmdgpu.models import Patterns, compile_patterns, named_tensors, unwrap
 from cmdgpu.notation import AnyArray
 from cmdgpu.store import format as fmt
@@ -79,9 +79,14 @@ def build(entry: TensorEntry, source: RowSource) -> Tensor:
 
 
 def select(parameter_map: ParameterMap, params: Patterns) -> list[TensorEntry]:
-    """Tensors whose name matches one of the regular expressions; all of them for None."""
+    """Tensors one of whose names matches one of the regular expressions; all of them for None."""
     patterns = compile_patterns(params)
-    chosen = [t for t in parameter_map if not patterns or any(p.search(t.name) for p in patterns)]
+    names = {t.name: [t.name] for t in parameter_map}
+    for alias, name in parameter_map.aliases.items():
+        names[name].append(alias)
+    chosen = [
+        t for t in parameter_map if not patterns or any(p.search(n) for p in patterns for n in names[t.name])
+    ]
     if not chosen:
         have = ", ".join(t.name for t in parameter_map.tensors[:5])
         raise UsageError(f"no tensor matches {params!r}", hint=f"have: {have}, ...")
@@ -134,6 +139,23 @@ def _require_match(targets: dict[str, Tensor], parameter_map: ParameterMap, path
         if tuple(found.shape) != entry.shape:
             raise ModelMismatch(
                 f"recorded with shape {list(entry.shape)}, the model has {list(found.shape)}",
+                file=path,
+                tensor=entry.name,
+                hint=hint,
+            )
+    for alias, name in parameter_map.aliases.items():
+        if targets.get(alias) is not targets[name]:
+            raise ModelMismatch(
+                f"recorded as another name of '{printable(name)}', in the model it is not",
+                file=path,
+                tensor=alias,
+                hint=hint,
+            )
+    seen: dict[int, str] = {}
+    for entry in parameter_map:
+        if (first := seen.setdefault(id(targets[entry.name]), entry.name)) != entry.name:
+            raise ModelMismatch(
+                f"recorded apart from '{printable(first)}', in the model they are tied",
                 file=path,
                 tensor=entry.name,
                 hint=hint,

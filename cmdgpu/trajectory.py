@@ -94,6 +94,7 @@ class Trajectory:
                 )
             return Trajectory(source, step_t, np.arange(source.n_snapshots))
         stored = fmt.storage(dtype or source.dtype)
+        fmt.check_rows_per_chunk(rows_per_chunk)
         _write_array(source, step_t, Path(out), stored, rows_per_chunk)
         return Trajectory.open(out)
 
@@ -162,7 +163,7 @@ class Trajectory:
                     "sel takes either steps or start, stop, stride", hint="leave one of them out"
                 )
             wanted = np.unique(np.asarray(steps, dtype=np.int64))
-            positions = np.array([self._position(int(step)) for step in wanted], dtype=np.int64)
+            positions = np.array([self._labelled(int(step)) for step in wanted], dtype=np.int64)
         else:
             if stride < 1:
                 raise UsageError(f"a stride of {stride}", hint="it is at least 1")
@@ -183,9 +184,12 @@ class Trajectory:
 
     def _position(self, step: int) -> int:
         """Position of a label among the selected snapshots; negative counts from the end."""
+        if step < 0 and -step <= len(self.columns):
+            return len(self.columns) + step
+        return self._labelled(step)
+
+    def _labelled(self, step: int) -> int:
         mine = self.steps
-        if step < 0 and -step <= len(mine):
-            return len(mine) + step
         found = np.flatnonzero(mine == step)
         if not len(found):
             raise StepNotFound(
@@ -305,7 +309,7 @@ class SnapshotReader:
 def _checked_steps(steps: Sequence[int] | I64 | None, n_snapshots: int) -> I64:
     step_t = np.arange(n_snapshots) if steps is None else np.asarray(steps)
     if step_t.shape != (n_snapshots,) or (n_snapshots and step_t.dtype.kind not in "iu"):
-        raise UsageError(f"{len(step_t)} steps for {n_snapshots} snapshots", hint="one integer per column")
+        raise UsageError(f"{step_t.size} steps for {n_snapshots} snapshots", hint="one integer per column")
     step_t = step_t.astype(np.int64)
     if n_snapshots and (step_t[0] < 0 or bool((np.diff(step_t) <= 0).any())):
         raise UsageError("steps must increase from 0 on", hint="sort the columns by step")

@@ -115,7 +115,7 @@ class Disk:
 
     def fsync(self, fd: int) -> None:
         """Only noted: what a flush does to the platter no test in a process can see."""
-        self._note(Call("fsync", self._paths[fd]))
+        self._note(Call("fsync", self._paths.get(fd, Path("?"))))
 
     def close(self, fd: int) -> None:
         path = self._paths.pop(fd, Path("?"))

@@ -61,7 +61,7 @@ def weird_model() -> nn.Module:
     model = nn.ParameterDict(
         {
             "odd": odd.view(torch.float32).repeat(70),
-            "half": torch.tensor([-0.0, 65504.0, 6e-8, -1.5], dtype=torch.float16),
+            "small": torch.tensor([-0.0, 65504.0, 6e-8, -1.5], dtype=torch.float16),
             "low": torch.tensor([0x7FC5, 0x8000, 0xFF80, 0x0001], dtype=torch.uint16).view(torch.bfloat16),
             "big": torch.linspace(-1, 1, 300, dtype=torch.float64).float().double(),
             "none": torch.empty(3, 0),
@@ -120,8 +120,7 @@ def test_a_pt_file_loads_into_the_model_that_was_recorded_ties_intact(
     found = load_pt(tmp_path / "m.pt")
     assert found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()
     model = Net()
-    missing, unexpected = model.load_state_dict(found, strict=False)
-    assert (missing, unexpected) == (["body.1.num_batches_tracked"], [])
+    model.load_state_dict(found)
     check_same_bits(float_tensors(model), float_tensors(net_at(25)))
 
 
@@ -200,7 +199,10 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
             assert error.file in (str(out), str(tmp_path))
             if out.read_bytes() != b"old":  # the fault came after the rename
                 check_same_bits(LOADERS[kind](out), float_tensors(net_at(10)))
-        assert leftovers(tmp_path) == []
+        if not disk.calls or disk.calls[-1].name != "unlink":  # but what cannot be deleted stays
+            assert leftovers(tmp_path) == []
+        for stuck in tmp_path.glob("*.partial"):
+            stuck.unlink()
     check_same_bits(LOADERS[kind](out), float_tensors(net_at(10)))
 
 
@@ -219,18 +221,7 @@ def test_a_damaged_source_leaves_the_old_file_and_no_new_one(tmp_path: Path, kin
 
 def test_the_command_line_writes_the_same_file(traj: Trajectory, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
-    options = [
-        "export",
-        str(traj.path),
-        "-o",
-        str(out),
-        "--step",
-        "10",
-        "--params",
-        "scale",
-        "--params",
-        "^low",
-    ]
+    options = f"export {traj.path} -o {out} --step 10 --params scale --params ^low --json".split()
     result = CliRunner().invoke(cli, options)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

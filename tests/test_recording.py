@@ -320,6 +320,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a broken pattern": ({"include": "("}, r"'\(' is no regular expression"),
     "rows off the quantum": ({"rows_per_chunk": 100}, "256"),
     "no rows": ({"rows_per_chunk": 0}, "256"),
+    "chunks beyond a gigabyte": ({"rows_per_chunk": (1 << 28) + 256}, "2\\^28"),
 }
 
 

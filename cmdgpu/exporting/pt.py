@@ -42,6 +42,9 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
         mapped = np.memmap(scratch, dtype=np.uint8, mode="r+")
         tensors: OrderedDict[str, Tensor] = OrderedDict()
         for entry, start, stop in places:
+            if start == stop:  # its view would begin where the next tensor does: torch refuses that
+                tensors[entry.name] = torch.empty(entry.shape, dtype=torch_dtype(entry))
+                continue
             raw = torch.as_tensor(mapped[start:stop])
             tensors[entry.name] = raw.view(torch_dtype(entry)).view(entry.shape)
         for alias, name in parameter_map.aliases.items():
@@ -57,6 +60,6 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
         raise WriteFailed(f"cannot write: {error.strerror}", file=path, hint="free some space") from error
     finally:
         for leftover in (scratch, temporary):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 leftover.unlink()
     return Export(path, "pt", len(available), path.stat().st_size, left_out)

@@ -82,6 +82,12 @@ def default_rows_per_chunk(n_rows: int) -> int:
     return min(wanted, max(round_up(n_rows, ROW_QUANTUM), ROW_QUANTUM))
 
 
+def check_rows_per_chunk(rows: int | None) -> None:
+    """Raises UsageError for a number of rows that no chunk can have; None leaves it to us."""
+    if rows is not None and (rows < 1 or rows % ROW_QUANTUM or rows > MAX_CHUNK_BYTES // 4):
+        raise UsageError(f"rows_per_chunk={rows}", hint=f"give a positive multiple of {ROW_QUANTUM}, to 2^28")
+
+
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 

@@ -16,8 +16,6 @@ _RESERVED: Final = 16 << 20
 """Stacks of the reading and writing threads, file buffers, the interpreter's own growth."""
 _OUTPUT_ROW_BYTES: Final = 18
 """mode 2, a 4, b 4, correlation 4, ss 4."""
-_STATISTICS_ROW_BYTES: Final = 112
-"""Float64 temporaries while a unit's statistics are taken."""
 _SLOTS: Final = (3, 2)
 """Host slots, best first: one is computed on while the others fill."""
 
@@ -50,7 +48,7 @@ def plan_pass(
     """The largest sensible blocks within the limit.
 
     needed = reserved + fixed + slots * T * (units * rows + padding) * itemsize
-             + units * rows * outputs + rows * (2 * outputs + statistics)
+             + units * rows * outputs + 2 * rows * outputs
 
     ``fixed_bytes`` is what does not grow with the block: the kernel's workspace, a reader's own buffers,
     results kept in memory. Raises MemoryLimitError with both numbers when one unit in two slots does not fit.
@@ -59,7 +57,7 @@ def plan_pass(
     def needed(units: int, slots: int) -> int:
         width = units * rows
         slot = n_snapshots * (width + SLOT_PADDING) * itemsize
-        waiting = rows * (2 * _OUTPUT_ROW_BYTES + _STATISTICS_ROW_BYTES)
+        waiting = 2 * rows * _OUTPUT_ROW_BYTES
         return _RESERVED + fixed_bytes + slots * slot + width * _OUTPUT_ROW_BYTES + waiting
 
     unit_bytes = max(n_snapshots * rows * itemsize, 1)
