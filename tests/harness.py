@@ -10,11 +10,10 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,8 +28,6 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.trajectory import Trajectory
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---- trajectories -------------------------------------------------------------------------------------
@@ -246,14 +243,12 @@ def run_cli(*arguments: str | Path) -> Ended:
 
 
 def start_child(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """``python <arguments>`` from the root of the checkout; its streams are pipes."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    """``python <arguments>``; its streams are pipes."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
         **options,
     )
 
@@ -272,12 +267,11 @@ def run_child(*arguments: str | Path) -> Ended:
 
 
 class Ticks:
-    """A Progress that keeps what it is told, and may call back."""
+    """A Progress that keeps what it is told."""
 
-    def __init__(self, on_advance: Callable[[], object] | None = None) -> None:
+    def __init__(self) -> None:
         self.total = self.done = self.advances = self.ends = 0
         self.what = ""
-        self._on_advance = on_advance
 
     def begin(self, what: str, total_bytes: int) -> None:
         self.what, self.total = what, total_bytes
@@ -285,8 +279,6 @@ class Ticks:
     def advance(self, done_bytes: int) -> None:
         self.done += done_bytes
         self.advances += 1
-        if self._on_advance is not None:
-            self._on_advance()
 
     def end(self) -> None:
         self.ends += 1

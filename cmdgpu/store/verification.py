@@ -57,11 +57,12 @@ def verify_store(path: Path, *, quick: bool = False, progress: Progress | None =
     Damaged metadata is a finding like any other; NotAStore is raised for a path that never was a store.
     """
     progress = progress or Silent()
+    listed = sorted((path / fmt.WEIGHTS).glob("c.*.*"))  # before T is read: a recorder may go on meanwhile
     try:
         view = StoreView.open(path)
     except StoreCorrupt as error:
         return Verification(0, 0, [Damage(error.file or str(path), "metadata", error.message)])
-    found = Verification(0, 0, list(_beyond_the_edge(view)))
+    found = Verification(0, 0, list(_beyond_the_edge(listed, len(view.steps))))
     progress.begin("verify", view.stored_bytes)
     try:
         with ThreadPoolExecutor(_READERS, thread_name_prefix="cmdgpu-verify") as pool:
@@ -73,10 +74,9 @@ def verify_store(path: Path, *, quick: bool = False, progress: Progress | None =
     return found
 
 
-def _beyond_the_edge(view: StoreView) -> Iterator[Damage]:
+def _beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
     """A chunk of index T is a killed append's; one beyond it tells of an older commit file put back."""
-    edge = len(view.steps)
-    for file in sorted((view.path / fmt.WEIGHTS).glob("c.*.*")):
+    for file in files:
         last = file.name.rpartition(".")[2]
         if last.isdigit() and int(last) > edge:
             yield Damage(str(file), fmt.WEIGHTS, f"lies beyond snapshot {edge}: an older commit was put back")

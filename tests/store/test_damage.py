@@ -14,6 +14,7 @@ from cmdgpu.errors import StoreCorrupt
 from cmdgpu.sampling import draw_sample
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, crc32c, read_chunk, stored_crc
+from cmdgpu.store.journal import Journal
 from cmdgpu.store.verification import verify_store
 from cmdgpu.store.view import StoreView
 from cmdgpu.trajectory import Trajectory
@@ -22,6 +23,7 @@ from tests.verbs import (
     ROWS,
     STEPS,
     N,
+    append,
     build_store,
     check_store_holds,
     create_store,
@@ -265,6 +267,22 @@ def test_verify_lists_everything_that_is_wrong(sketched: Path) -> None:
     }
     quick = {(Path(d.file).name, d.array) for d in verify_store(sketched, quick=True).damaged}
     assert quick == {(stray.name, fmt.WEIGHTS), ("c.0.0", fmt.WEIGHTS), ("c.2.0", fmt.WEIGHTS)}
+
+
+def test_verify_beside_a_recorder_raises_no_alarm(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder is two snapshots on before the files are looked at."""
+    journal = Journal.open(store)
+    opened = StoreView.open
+
+    def open_and_go_on(path: Path) -> StoreView:
+        view = opened(path)
+        for step in (90, 91):
+            append(journal, step, loss=1.0)
+        return view
+
+    monkeypatch.setattr(StoreView, "open", staticmethod(open_and_go_on))
+    assert verify_store(store).damaged == []
+    journal.close()
 
 
 def test_verify_counts_what_it_read(sketched: Path) -> None:
