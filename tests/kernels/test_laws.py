@@ -242,6 +242,19 @@ def test_equal_and_negated_references_give_the_lowest_index(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_row_halfway_between_two_references_takes_the_lower(name: str) -> None:
+    R = np.array([[0, 0, 0, 0, 1.0, -1.0], [1.0, -1.0, 0, 0, 0, 0], [0, 0, 1.0, -1.0, 0, 0]])
+    W = torch.tensor([[2.0, -2.0, 2.0, -2.0, 0, 0], [3.0, -3.0, -3.0, 3.0, 1, -1]]).T
+    assert assign_and_fit(W, R, implementation=name).mode.numpy().tolist() == [1, 1]
+
+
+def test_only_the_first_of_equal_and_negated_references_can_win() -> None:
+    _, R = walks(37, 1, 3)
+    copies = np.stack([R[0], -R[0], R[1], R[0] * 4 + 1, R[2], -R[1]])
+    assert prepare_references(copies).distinct.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_later_copy_does_not_shift_the_numbers_of_the_others(name: str) -> None:
     W, R = walks(37, 300, 3)
     fit = assign_and_fit(W, R[[0, 0, 1, 2, 1]], implementation=name)
