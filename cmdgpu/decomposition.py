@@ -15,7 +15,7 @@ import numpy as np
 from cmdgpu.clustering import AFFINITIES, check_stopping_rule, cluster_sample, clustering_bytes
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, MemoryLimitError, StepNotFound, UsageError, printable
 from cmdgpu.memory import default_limit, parse_bytes, show_bytes
-from cmdgpu.notation import F32, F64, I16, I64, NON_FINITE, AnyArray
+from cmdgpu.notation import F32, F64, I16, I64, MAX_MODES, NON_FINITE, AnyArray
 from cmdgpu.progress import Progress, Silent
 from cmdgpu.results import (
     Frame,
@@ -27,7 +27,6 @@ from cmdgpu.results import (
     RowArray,
     begin_result,
     open_result,
-    result_bytes,
 )
 from cmdgpu.sampling import check_sampling, draw_sample
 from cmdgpu.sources import StoreSource
@@ -123,8 +122,13 @@ class CMD:
         progress = progress or Silent()
         limit = default_limit() if memory_limit is None else parse_bytes(memory_limit)
         device = ops.resolve_device(self.device)
-        self._require_fittable(traj, limit)
+        self._require_fittable(traj)
         frame = Frame(traj.parameters, traj.steps, traj.source.rows)
+        most_modes = min(self.n_modes if self.threshold is None else MAX_MODES, self.n_samples)
+        plan = None
+        if out is None or not Path(out).exists():
+            self._require_room_for_clustering(traj, limit)
+            plan = plan_for(traj.source, frame, most_modes, device, limit, in_memory=out is None)
         stage_s: dict[str, float] = {}
 
         def decide() -> ModeSet:
@@ -136,20 +140,18 @@ class CMD:
             self._result, self._trajectory = begun, traj
             self._run = _nothing_to_do(frame, str(device))
             return self
+        assert plan is not None
         work = AssignAndFit.of(frame, traj.dtype, begun.modes.references)
-        kept = result_bytes(frame.n_rows, begun.modes.n_modes, len(frame.steps)) if out is None else 0
-        plan = plan_for(traj.source, frame, work, device, limit, kept)
-        self._trajectory = traj
         report = run_pass(traj.source, traj.columns, work, begun, plan, device, progress)
         stage_s["pass"] = report.seconds
         started = time.perf_counter()
-        self._result = begun.finish()
+        self._result, self._trajectory = begun.finish(), traj
         stage_s["finish"] = time.perf_counter() - started
         name, _ = ops.choose(traj.dtype, len(frame.steps), begun.modes.n_modes, device)
         self._run = _run_figures(report, stage_s, str(device), name)
         return self
 
-    def _require_fittable(self, traj: Trajectory, limit: int) -> None:
+    def _require_fittable(self, traj: Trajectory) -> None:
         n_rows, n_snapshots = traj.shape
         if n_snapshots == 0 or n_rows == 0:
             raise UsageError(
@@ -160,8 +162,10 @@ class CMD:
         if n_snapshots < 3:
             what = "every row is constant" if n_snapshots == 1 else "every moving row has |corr| = 1"
             warnings.warn(f"with {n_snapshots} snapshots {what}", CmdgpuWarning, stacklevel=3)
+
+    def _require_room_for_clustering(self, traj: Trajectory, limit: int) -> None:
         k = min(self.n_samples, traj.parameters.n_rows_of("parameter"))
-        needed = clustering_bytes(k)
+        needed = clustering_bytes(k, len(traj.columns))
         if needed > limit:
             raise MemoryLimitError(
                 f"clustering {k} sampled rows needs {show_bytes(needed)}, "
@@ -451,8 +455,11 @@ class CMD:
             column = self._trajectory.column(step)
             values = [column.read(row, row + 1)[0] for row in self.reference_rows_.tolist()]
             return np.array(values, dtype=np.float64), step
+        known, what = steps, "was not fitted, and the trajectory is out of reach"
+        if self._trajectory is not None:
+            known, what = self._trajectory.recorded_steps, "was not recorded"
         raise StepNotFound(
-            "was not fitted", file=self.result.path, step=step, hint=f"nearest: {nearest_steps(steps, step)}"
+            what, file=self.result.path, step=step, hint=f"nearest: {nearest_steps(known, step)}"
         )
 
     def _warn_of_gaps(self, names: list[str], snapshot: Callable[[TensorEntry], RowSource | None]) -> None:

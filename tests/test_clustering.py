@@ -339,11 +339,12 @@ def test_an_unknown_affinity_lists_the_known_ones() -> None:
         cluster(np.zeros((2, 2)), 1, affinity="corr")
 
 
-def test_the_memory_of_clustering_is_told_beforehand() -> None:
+@pytest.mark.parametrize("affinity", BOTH)
+def test_the_memory_of_clustering_is_told_beforehand(affinity: str) -> None:
     sample = np.random.default_rng(0).standard_normal((600, 10))
-    cluster(sample[:50], 3)
+    cluster(sample[:50], 3, affinity=affinity)
     tracemalloc.start()
-    cluster(sample, 5)
+    cluster(sample, 5, affinity=affinity)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= clustering_bytes(600), f"{peak / 600**2 / 8:.2f} matrices"

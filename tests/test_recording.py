@@ -504,54 +504,61 @@ def test_there_is_no_going_back_in_nothing(path: Path) -> None:
 # ---- behind the back of training --------------------------------------------------------------------------
 
 
+class Gate:
+    """Before every commit the writer arrives here and waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+        self.opened = threading.Event()
+
+
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Commits wait until the event is set."""
-    opened = threading.Event()
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
     commit: Any = Journal.__dict__["_commit"]
 
     def held(journal: Journal, *args: Any) -> None:
-        assert opened.wait(20)
+        gate.arrived.set()
+        assert gate.opened.wait(20)
         commit(journal, *args)
 
     monkeypatch.setattr(Journal, "_commit", held)
-    yield opened
-    opened.set()
+    yield gate
+    gate.opened.set()
 
 
-def test_record_returns_before_the_commit_and_acknowledges_nothing_before_it(
-    path: Path, gate: threading.Event
-) -> None:
+def test_record_returns_before_the_commit_and_acknowledges_nothing_before_it(path: Path, gate: Gate) -> None:
     recorder = Recorder(path)
     assert recorder.record(net_at(0), 0)
+    assert gate.arrived.wait(20)
     assert recorder.last_committed is None
     assert Trajectory.open(path).steps.tolist() == []
-    gate.set()
+    gate.opened.set()
     recorder.flush()
     assert recorder.last_committed == 0
     assert Trajectory.open(path).steps.tolist() == [0]
     recorder.close()
 
 
-def test_training_may_go_on_while_the_snapshot_is_written(path: Path, gate: threading.Event) -> None:
+def test_training_may_go_on_while_the_snapshot_is_written(path: Path, gate: Gate) -> None:
     model = net_at(0)
     with Recorder(path) as recorder:
         recorder.record(model, 0)
         scramble(model, 1)  # the optimizer's next step
-        gate.set()
+        gate.opened.set()
         recorder.record(model, 1)
         assert recorder.last_committed == 0
     check_recorded(path, [0, 1])
 
 
-def test_at_most_one_snapshot_is_in_flight(path: Path, gate: threading.Event) -> None:
+def test_at_most_one_snapshot_is_in_flight(path: Path, gate: Gate) -> None:
     recorder = Recorder(path)
     recorder.record(net_at(0), 0)
     second = threading.Thread(target=lambda: recorder.record(net_at(1), 1))
     second.start()
     second.join(0.2)
     assert second.is_alive(), "a second copy was taken while the first was not written"
-    gate.set()
+    gate.opened.set()
     second.join(20)
     recorder.close()
     check_recorded(path, [0, 1])

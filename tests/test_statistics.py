@@ -154,7 +154,11 @@ def test_shares_count_the_rows_of_every_tensor_by_class() -> None:
     rows = Rows(3)
     shares = tensor_shares(rows.totals(100), MAP)
     assert list(shares) == ["first", "bn.running_var", "sharded", "last"]
-    for name, at in {"first": slice(0, 77), "bn.running_var": slice(77, 167), "last": slice(400, 513)}.items():
+    for name, at in {
+        "first": slice(0, 77),
+        "bn.running_var": slice(77, 167),
+        "last": slice(400, 513),
+    }.items():
         assert shares[name] == [int(np.sum(rows.mode[at] == m)) for m in (-2, -1, 0, 1, 2)]
     both = np.concatenate([rows.mode[167:267], rows.mode[300:400]])
     assert shares["sharded"] == [int(np.sum(both == m)) for m in (-2, -1, 0, 1, 2)]

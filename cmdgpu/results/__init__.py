@@ -18,6 +18,7 @@ from cmdgpu.results.contract import (
     result_bytes,
 )
 from cmdgpu.results.in_memory import MemoryWriter
+from cmdgpu.results.ledger import statistics_bytes
 from cmdgpu.results.opened import (
     Description,
     StoredRows,
@@ -53,5 +54,6 @@ __all__ = [
     "progress_of",
     "require_result",
     "result_bytes",
+    "statistics_bytes",
     "verify_result",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,11 @@ def statistics_shapes(frame: Frame, n_modes: int) -> tuple[tuple[int, int, int],
     """A chunk per unit must hold the unit with the most segments; histograms of no mode keep one row."""
     most = max((len(frame.map.segments(*frame.unit(i))) for i in range(frame.n_units)), default=0)
     return (max(most, 1), len(FIELDS), 2 + n_modes), (max(n_modes, 1), N_BINS)
+
+
+def statistics_bytes(frame: Frame, n_modes: int) -> int:
+    """Bytes of one unit's statistics."""
+    return 8 * sum(math.prod(shape) for shape in statistics_shapes(frame, n_modes))
 
 
 def plan_digest(head: Mapping[str, Any]) -> str:

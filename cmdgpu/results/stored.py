@@ -74,8 +74,8 @@ def _same_or_refuse(out: Path, provenance: Provenance) -> Result:
 def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) -> None:
     durable.make_directory(path.parent)
     building = path.parent / durable.partial_name(path.name)
-    durable.make_directory(building)
     try:
+        durable.make_directory(building)
         for name, (kind, dims) in MODE_ARRAYS.items():
             values = np.ascontiguousarray(getattr(modes, name))
             chunks = tuple(max(size, 1) for size in values.shape)
@@ -200,6 +200,7 @@ class StoredWriter:
                 raise
             shutil.rmtree(self._partial, ignore_errors=True)
         _sweep(self._out)  # what others began meanwhile
+        durable.remove_partials(self._out)
         return open_result(self._out)
 
     def _is_mine(self, path: Path) -> bool:

@@ -11,11 +11,11 @@ import torch
 
 from cmdgpu.notation import I64
 from cmdgpu.progress import Progress
-from cmdgpu.results import Frame, ResultWriter
+from cmdgpu.results import Frame, ResultWriter, result_bytes, statistics_bytes
 from cmdgpu.sources import Source
 from cmdgpu.store import format as fmt
 from cmdgpu.streaming.device import Pending, make_device
-from cmdgpu.streaming.passes import AssignAndFit
+from cmdgpu.streaming.passes import AssignAndFit, workspace_bytes
 from cmdgpu.streaming.plan import Plan, plan_pass
 from cmdgpu.streaming.reader import Block, BlockReader
 
@@ -35,16 +35,24 @@ class PassReport:
 
 
 def plan_for(
-    source: Source, frame: Frame, work: AssignAndFit, device: torch.device, limit_bytes: int, kept_bytes: int
+    source: Source, frame: Frame, n_modes: int, device: torch.device, limit_bytes: int, *, in_memory: bool
 ) -> Plan:
-    """The plan of a pass; ``kept_bytes`` is what its results take in memory. Raises MemoryLimitError."""
+    """The plan of a pass against at most ``n_modes`` references, made before anything is read.
+
+    ``in_memory``: its results are kept, too. Raises MemoryLimitError.
+    """
     n_snapshots = len(frame.steps)
+    statistics = statistics_bytes(frame, n_modes)
+    kept = result_bytes(frame.n_rows, n_modes, n_snapshots) + frame.n_units * statistics if in_memory else 0
     return plan_pass(
         n_units=frame.n_units,
         rows=frame.rows,
         n_snapshots=n_snapshots,
         itemsize=fmt.storage(source.dtype).numpy.itemsize,
-        fixed_bytes=work.fixed_bytes(device) + source.fill_bytes(n_snapshots) + kept_bytes,
+        fixed_bytes=workspace_bytes(n_snapshots, n_modes, device)
+        + source.fill_bytes(n_snapshots)
+        + 3 * statistics  # of the unit in hand, as it is taken, written and summed
+        + kept,
         limit_bytes=limit_bytes,
     )
 

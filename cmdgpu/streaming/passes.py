@@ -64,9 +64,9 @@ class AssignAndFit:
             a[hole] = b[hole] = correlation[hole] = np.nan
         return UnitRows(mode, a, b, correlation), statistics
 
-    def fixed_bytes(self, device: torch.device) -> int:
-        """Host memory of the kernel beside slots and outputs."""
-        if device.type != "cpu":
-            return 0
-        n_modes = len(self.reference_means)
-        return ops.workspace_bytes(len(self.frame.steps), n_modes, torch.get_num_threads())
+
+def workspace_bytes(n_snapshots: int, n_modes: int, device: torch.device) -> int:
+    """Host memory of the kernel beside slots and outputs."""
+    if device.type != "cpu":
+        return 0
+    return ops.workspace_bytes(n_snapshots, n_modes, torch.get_num_threads())

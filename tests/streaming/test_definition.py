@@ -87,7 +87,9 @@ def test_more_samples_than_rows_sample_every_row() -> None:
 def test_more_modes_than_distinct_profiles_give_fewer_modes() -> None:
     profiles = walks(3, 12, seed=4)
     rng = np.random.default_rng(0)
-    W = (profiles[rng.integers(3, size=400)] * rng.choice([-2.0, 0.5, 4.0], (400, 1)) + 8.0).astype(np.float32)
+    W = (profiles[rng.integers(3, size=400)] * rng.choice([-2.0, 0.5, 4.0], (400, 1)) + 8.0).astype(
+        np.float32
+    )
     with pytest.warns(CmdgpuWarning, match="3 distinct profiles, fewer than the 7 modes asked for"):
         cmd = CMD(n_modes=7, n_samples=60).fit(W)
     assert cmd.n_modes_ == 3
@@ -120,7 +122,9 @@ def odd_rows(draw: st.DrawFn) -> AnyArray:
     n_snapshots = draw(st.integers(3, 40))
     W = walks(60, n_snapshots, draw(st.integers(0, 1 << 16)))
     for row in range(1, 60):
-        kind = draw(st.sampled_from(["walk", "walk", "constant", "nan", "inf", "copy", "minus", "large", "small"]))
+        kind = draw(
+            st.sampled_from(["walk", "walk", "constant", "nan", "inf", "copy", "minus", "large", "small"])
+        )
         at = draw(st.integers(0, n_snapshots - 1))
         if kind == "constant":
             W[row] = W[row, 0]

@@ -260,7 +260,9 @@ def test_a_hole_is_never_labelled_and_counts_nowhere(tmp_path: Path) -> None:
     assert np.all(labels[:300] >= 0) and np.all(labels[400:] >= 0)
     assert (cmd.metrics_["n_rows"], cmd.metrics_["n_nonfinite"]) == (800, 0)
     at = slice(400, 900)
-    by_hand = np.asarray(cmd.a_)[at].astype(np.float64) * cmd.references_[labels[at], 3] + np.asarray(cmd.b_)[at]
+    by_hand = (
+        np.asarray(cmd.a_)[at].astype(np.float64) * cmd.references_[labels[at], 3] + np.asarray(cmd.b_)[at]
+    )
     assert np.array_equal(cmd.state_dict(3)["b"].numpy(), by_hand.astype(np.float32))
 
 
