@@ -29,7 +29,6 @@ from cmdgpu.store.journal import Journal
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.trajectory import Trajectory
 
-
 # ---- trajectories -------------------------------------------------------------------------------------
 
 
@@ -243,14 +242,9 @@ def run_cli(*arguments: str | Path) -> Ended:
 
 
 def start_child(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """``python <arguments>``; its streams are pipes."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    """``python <arguments>``; its streams are pipes where ``options`` do not say otherwise."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **streams)
 
 
 def end_of(child: subprocess.Popen[str], timeout: float = 120) -> Ended:

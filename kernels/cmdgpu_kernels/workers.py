@@ -83,6 +83,8 @@ def _started(threads: int) -> ThreadPoolExecutor:
 
 
 def _alone() -> None:
+    # Asked first: torch otherwise takes the global number at this thread's first operation, and forgets ours.
+    torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
 

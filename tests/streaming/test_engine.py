@@ -276,7 +276,7 @@ def test_rows_that_are_constant_or_not_finite_keep_their_place_in_every_unit(tmp
     check_equals_definition(cmd, W)
     finite = np.isfinite(W).all(axis=1)
     assert cmd.metrics_["n_nonfinite"] == np.sum(~finite) == np.sum(np.asarray(cmd.labels_) == NON_FINITE)
-    still = np.sum(finite & (W == W[:, :1]).all(axis=1))
+    still = np.sum(finite & (W[:, :1] == W).all(axis=1))
     assert cmd.metrics_["n_constant"] == still == np.sum(np.asarray(cmd.labels_) == CONSTANT)
 
 
