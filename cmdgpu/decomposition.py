@@ -189,9 +189,9 @@ class CMD:
         stage_s["cluster"] = time.perf_counter() - started
         return ModeSet(
             references=np.ascontiguousarray(values[clustering.references]),
-            reference_rows=sample.rows[clustering.references],
-            sample_rows=sample.rows,
-            sample_labels=clustering.labels,
+            reference_row=sample.rows[clustering.references],
+            sample_row=sample.rows,
+            sample_mode=clustering.labels,
             sample=values,
             linkage=np.ascontiguousarray(clustering.linkage),
         )
@@ -255,7 +255,7 @@ class CMD:
     @property
     def reference_rows_(self) -> I64:
         """(M,) row of each reference."""
-        return self.result.modes.reference_rows
+        return self.result.modes.reference_row
 
     @property
     def labels_(self) -> RowArray:
@@ -280,12 +280,12 @@ class CMD:
     @property
     def sample_rows_(self) -> I64:
         """(K,) rows that were clustered, ascending."""
-        return self.result.modes.sample_rows
+        return self.result.modes.sample_row
 
     @property
     def sample_labels_(self) -> I16:
         """(K,) their clusters."""
-        return self.result.modes.sample_labels
+        return self.result.modes.sample_mode
 
     @property
     def sample_(self) -> F32:

@@ -47,9 +47,9 @@ def planted(
     if n_snapshots > 1:
         r_mt = (r_mt - r_mt.mean(axis=1, keepdims=True)) / r_mt.std(axis=1, keepdims=True)
     a = rng.choice([-1.0, 1.0], n_rows) * rng.uniform(0.5, 2.0, n_rows)
-    W = a[:, None] * r_mt[rng.integers(n_modes, size=n_rows)]
-    W += np.abs(a)[:, None] * (level + noise * rng.standard_normal((n_rows, n_snapshots)))
-    return W.astype(np.float32)
+    curves = a[:, None] * r_mt[rng.integers(n_modes, size=n_rows)]
+    around = np.abs(a)[:, None] * (level + noise * rng.standard_normal((n_rows, n_snapshots)))
+    return (curves + around).astype(np.float32)
 
 
 def one_tensor(n_rows: int, dtype: str = "float32") -> ParameterMap:
@@ -108,9 +108,9 @@ class Definition:
 
 def define(W_nt: AnyArray, R_mt: AnyArray) -> Definition:
     """argmax |corr| over the references, then numpy.linalg.lstsq on [r, 1]."""
-    W, R = W_nt.astype(np.float64), R_mt.astype(np.float64)
-    finite = cast(BoolArray, np.isfinite(W).all(axis=1))
-    W = np.where(finite[:, None], W, 0.0)
+    R = R_mt.astype(np.float64)
+    finite = cast(BoolArray, np.isfinite(W_nt).all(axis=1))
+    W = np.where(finite[:, None], W_nt.astype(np.float64), 0.0)
     mean = W.mean(axis=1)
     centred = W - mean[:, None]
     norm = np.where(W.max(axis=1) > W.min(axis=1), np.linalg.norm(centred, axis=1), 0.0)
@@ -139,8 +139,8 @@ def check_equals_definition(
 ) -> None:
     """Every row of the fit, by the rules the design sets.
 
-    Labels wherever the best reference leads by more than the tolerance; |d corr| and |d a| ||r|| / ||w|| within
-    it; b judged for the a returned, in units of float32 rounding of what it is made of.
+    Labels wherever the best reference leads by more than the tolerance; |d corr| and |d a| ||r|| / ||w||
+    within it; b judged for the a returned, in units of float32 rounding of what it is made of.
     """
     R = cmd.references_.astype(np.float64)
     assert np.array_equal(cmd.references_, W_nt[cmd.reference_rows_].astype(np.float32))
@@ -243,7 +243,7 @@ def run_cli(*arguments: str | Path) -> Ended:
 
 def start_child(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """``python <arguments>``; its streams are pipes where ``options`` do not say otherwise."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **streams)
 
 

@@ -1,4 +1,4 @@
-"""Laws of CMD: what it takes, what it says, and the way back: a r + b at any recorded step, buffers verbatim."""
+"""Laws of CMD: what it takes, what it says; the way back: a r + b at any recorded step, buffers verbatim."""
 
 # torch leaves the types of many methods open.
 # pyright: reportUnknownMemberType=false
@@ -43,7 +43,7 @@ def train(model: nn.Module, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run.zarr: a recorded model; all.cmd.zarr: its fit; late.cmd.zarr: the fit of its last four snapshots."""
+    """run.zarr, a recorded model; all.cmd.zarr, its fit; late.cmd.zarr, that of its last four snapshots."""
     folder = tmp_path_factory.mktemp("cmd")
     model = Net()
     with Recorder(folder / "run.zarr", rows_per_chunk=256) as recorder:
@@ -120,7 +120,7 @@ def test_a_fitted_step_is_a_times_the_reference_plus_b(base: Path, position: int
 
 @pytest.mark.parametrize("step", STEPS)
 def test_with_a_later_start_every_recorded_step_is_addressed_by_its_label(base: Path, step: int) -> None:
-    """Column 0 of the references is the third recorded step there; steps before it were recorded, not fitted."""
+    """Column 0 of the references is the third recorded step; those before it were recorded, not fitted."""
     cmd, traj = CMD.load(base / "late.cmd.zarr"), recorded(base)
     assert cmd.steps_.tolist() == list(STEPS[2:])
     values = traj.read_rows(cmd.reference_rows_, np.array([STEPS.index(step)]))[:, 0]
@@ -142,13 +142,13 @@ def test_negative_steps_count_from_the_end_of_what_was_fitted(base: Path) -> Non
 
 def test_an_unknown_step_names_the_nearest_ones(base: Path, folder: Path) -> None:
     cmd = CMD.load(base / "late.cmd.zarr")
-    for call in (
-        cmd.state_dict,
-        lambda step: cmd.load_into(Net(), step),
-        lambda step: cmd.export("x.pt", step),
-    ):  # pyright: ignore
-        with pytest.raises(StepNotFound, match=r"step 26: was not recorded; nearest: 10, 25, 40"):
-            call(26)
+    nearest = r"step 26: was not recorded; nearest: 10, 25, 40"
+    with pytest.raises(StepNotFound, match=nearest):
+        cmd.state_dict(26)
+    with pytest.raises(StepNotFound, match=nearest):
+        cmd.load_into(Net(), 26)
+    with pytest.raises(StepNotFound, match=nearest):
+        cmd.export(folder / "x.pt", 26)
     shutil.rmtree(folder / "run.zarr")
     with pytest.raises(StepNotFound, match=r"step 10: was not fitted, .*; nearest: 25, 40, 45"):
         CMD.load(folder / "late.cmd.zarr").state_dict(10)
@@ -383,8 +383,9 @@ def test_the_summary_shows_modes_sizes_errors_bytes_and_speed(base: Path) -> Non
 
 def test_metrics_have_these_keys(base: Path) -> None:
     found = {
-        "n_modes", "n_samples", "n_rows", "n_buffer_rows", "n_constant", "n_nonfinite", "n_below_quantisation",
-        "mode_sizes", "mean_abs_correlation", "r2", "r2_energy", "weight_mse", "mode_quantiles",
+        "n_modes", "n_samples", "n_rows", "n_buffer_rows", "n_constant", "n_nonfinite",
+        "n_below_quantisation", "mode_sizes", "mean_abs_correlation", "r2", "r2_energy", "weight_mse",
+        "mode_quantiles",
         "result_bytes", "trajectory_bytes",
     }  # fmt: skip
     assert set(CMD.load(base / "all.cmd.zarr").metrics_) == found

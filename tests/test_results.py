@@ -1,4 +1,4 @@
-"""Laws of a result on disk: complete or not there, bound to its run, damage is never data, resumed to the bit."""
+"""Laws of a result on disk: complete or not there, bound to its run, never damaged, resumed to the bit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ UNITS = 4
 N = 3 * ROWS + 100
 ROW_ARRAYS = ("mode", "a", "b", "correlation")
 UNIT_ARRAYS = (*ROW_ARRAYS, "segment_stats", "unit_hist")
-MODE_ARRAYS = ("references", "reference_rows", "sample_rows", "sample_labels", "sample", "linkage")
+MODE_ARRAYS = ("references", "reference_row", "sample_row", "sample_mode", "sample", "linkage")
 
 
 def work(n_modes: int = 3, **settings: Any) -> CMD:
@@ -138,9 +138,9 @@ def test_a_result_is_plain_zarr_with_the_numbers_of_the_fit(pristine: Path, W: A
     m, t, k = cmd.n_modes_, 6, 60
     expected: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
         "references": ((m, t), "float32", ("mode", "snapshot")),
-        "reference_rows": ((m,), "int64", ("mode",)),
-        "sample_rows": ((k,), "int64", ("sample",)),
-        "sample_labels": ((k,), "int16", ("sample",)),
+        "reference_row": ((m,), "int64", ("mode",)),
+        "sample_row": ((k,), "int64", ("sample",)),
+        "sample_mode": ((k,), "int16", ("sample",)),
         "sample": ((k, t), "float32", ("sample", "snapshot")),
         "linkage": ((k - 1, 4), "float64", ("merge", "field")),
         "mode": ((N,), "int16", ("parameter",)),
@@ -705,7 +705,7 @@ def fit_on(disk: Disk, store: Path, out: Path) -> CMD:
 def test_a_disk_that_fails_at_any_call_loses_nothing_that_was_there(
     small: Path, tmp_path: Path, fault: Fault
 ) -> None:
-    """Refused at every call, killed at every third: an error, no half result, and a rerun to the same bytes."""
+    """Refused at every call, killed at every third: an error, no half result, a rerun to the same bytes."""
     expected = tree_bytes(small / "out.zarr")
     watched = Disk()
     fit_on(watched, small / "s.zarr", tmp_path / "watched.zarr")

@@ -1,4 +1,4 @@
-"""Laws of the statistics: sums over rows, per tensor and class, that equal counting by hand and merge exactly."""
+"""Laws of the statistics: sums per tensor and class that equal counting by hand and merge in order."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ class ModeSet:
 
     references: F32
     """R_mt (M, T)"""
-    reference_rows: I64
+    reference_row: I64
     """(M,)"""
-    sample_rows: I64
+    sample_row: I64
     """(K,) ascending"""
-    sample_labels: I16
+    sample_mode: I16
     """(K,) mode of each, -1 constant, -2 non-finite"""
     sample: F32
     """(K, T)"""

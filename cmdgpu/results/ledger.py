@@ -34,7 +34,7 @@ def statistics_bytes(frame: Frame, n_modes: int) -> int:
 
 def plan_digest(head: Mapping[str, Any]) -> str:
     """What every unit depends on besides the run's settings: the references."""
-    return fmt.sha256(fmt.canonical([head["digests"]["references"], head["digests"]["reference_rows"]]))
+    return fmt.sha256(fmt.canonical([head["digests"]["references"], head["digests"]["reference_row"]]))
 
 
 class Ledger:

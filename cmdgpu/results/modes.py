@@ -16,9 +16,9 @@ from cmdgpu.store.chunks import ChunkDamage, read_chunk
 
 MODE_ARRAYS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "references": ("float32", ("mode", "snapshot")),
-    "reference_rows": ("int64", ("mode",)),
-    "sample_rows": ("int64", ("sample",)),
-    "sample_labels": ("int16", ("sample",)),
+    "reference_row": ("int64", ("mode",)),
+    "sample_row": ("int64", ("sample",)),
+    "sample_mode": ("int16", ("sample",)),
     "sample": ("float32", ("sample", "snapshot")),
     "linkage": ("float64", ("merge", "field")),
 }
