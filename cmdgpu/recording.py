@@ -32,9 +32,9 @@ class Recorder:
     ...         recorder.record(model, step, loss=loss)
 
     ``record`` returns True once the tensors are copied off the device; writing goes on behind, at most one
-    snapshot at a time. A snapshot is durable when the *next* ``record``, or ``flush``, or ``close`` has
-    returned, and ``last_committed`` is the last durable step; errors of the writer surface there. A path
-    that holds a trajectory of the same model is continued.
+    snapshot at a time. A snapshot is durable when the *next* ``record`` that takes one, or ``flush``, or
+    ``close`` has returned, and ``last_committed`` is the last durable step; errors of the writer surface
+    there. A path that holds a trajectory of the same model is continued.
 
     Parameters and the floating-point buffers of the state dict are recorded, tied weights once. Integer
     tensors are listed in ``skipped``; complex and sharded ones are refused by name.

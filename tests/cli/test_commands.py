@@ -143,8 +143,9 @@ def test_export_gives_the_recorded_bits_and_the_rebuilt_numbers(stores: Path, tm
     traj = Trajectory.open(stores / "run.zarr")
     assert run_cli("export", stores / "run.zarr", "-o", tmp_path / "a.safetensors", "--step", "30").code == 0
     recorded = traj.state_dict(30)
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        written: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    opened: Any = safe_open(tmp_path / "a.safetensors", framework="pt")
+    with opened as file:
+        written: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     assert set(written) == set(recorded)
     assert all(torch.equal(written[name], recorded[name]) for name in recorded)
     done = run_cli(
