@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -705,14 +706,21 @@ def fit_on(disk: Disk, store: Path, out: Path) -> CMD:
 def test_a_disk_that_fails_at_any_call_loses_nothing_that_was_there(
     small: Path, tmp_path: Path, fault: Fault
 ) -> None:
-    """Refused at every call, killed at every third: an error, no half result, a rerun to the same bytes."""
+    """An error, no half result, a rerun to the same bytes.
+
+    Every call is refused; a kill comes at every fourth, and so does a refusal while the sixteen arrays are
+    made, which is one thing done sixteen times.
+    """
     expected = tree_bytes(small / "out.zarr")
     watched = Disk()
     fit_on(watched, small / "s.zarr", tmp_path / "watched.zarr")
     assert tree_bytes(tmp_path / "watched.zarr") == {**expected, "zarr.json": renamed(small, tmp_path)}
     calls = len(watched.calls)
     assert calls > 200, "hardly any call was watched: the harness no longer sees the disk"
-    for k in range(1, calls + 1, 1 if fault == "disk" else 3):
+    for k, call in enumerate(watched.calls, start=1):
+        making = any(re.search(r"\.partial\.[0-9a-f]{16}\.partial$", part) for part in call.path.parts)
+        if k % 4 and (fault == "killed" or making):
+            continue
         folder = tmp_path / str(k)
         folder.mkdir()
         (folder / "s.zarr").symlink_to(small / "s.zarr")
@@ -742,6 +750,44 @@ def renamed(small: Path, folder: Path) -> bytes:
     document = json.loads((small / "out.zarr" / "zarr.json").read_bytes())
     document["attributes"]["cmdgpu"]["origin"] = os.path.relpath(small / "s.zarr", folder)
     return fmt.encode(fmt.seal(document))
+
+
+def test_every_name_lasts_before_what_vouches_for_it(small: Path, tmp_path: Path) -> None:
+    """Chunks, then their record, then the document, then the folder: each flushed before the next is renamed.
+
+    No kill can show it, a power cut would.
+    """
+    disk = Disk()
+    fit_on(disk, small / "s.zarr", tmp_path / "out.zarr")
+    calls = disk.calls
+    (partial,) = {c.path for c in calls if c.name == "rename" and c.to == tmp_path / "out.zarr"}
+
+    def renames(file: Path) -> list[int]:
+        return [i for i, c in enumerate(calls) if c.name == "rename" and c.to == file]
+
+    def flush_after(i: int, directory: Path) -> int:
+        return next(
+            j for j in range(i, len(calls)) if calls[j].name == "fsync" and calls[j].path == directory
+        )
+
+    def check_flushed_first(i: int) -> None:
+        """The renamed file itself was flushed."""
+        assert any(c.name == "fsync" and c.path == calls[i].path for c in calls[:i]), calls[i]
+
+    last_record = 0
+    for unit in range(2):
+        (record,) = renames(unit_file(partial, "done", unit))
+        for name in UNIT_ARRAYS:
+            (chunk,) = renames(unit_file(partial, name, unit))
+            check_flushed_first(chunk)
+            assert flush_after(chunk, partial / name) < record, f"{name} of unit {unit}"
+        check_flushed_first(record)
+        last_record = flush_after(record, partial / "done")
+    (document,) = renames(partial / "zarr.json")
+    check_flushed_first(document)
+    (publication,) = renames(tmp_path / "out.zarr")
+    assert last_record < document < flush_after(document, partial) < publication
+    assert flush_after(publication, tmp_path) > publication
 
 
 # ---- several tensors, buffers ---------------------------------------------------------------------------

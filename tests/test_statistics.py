@@ -267,3 +267,28 @@ def test_rows_whose_movement_is_rounding_are_counted(tmp_path: Any) -> None:
     assert cmd.metrics_["n_below_quantisation"] == 100
     low = write_store(tmp_path / "low.zarr", W, dtype="bfloat16")
     assert CMD(n_modes=3, n_samples=200).fit(low).metrics_["n_constant"] >= 100
+
+
+@pytest.mark.parametrize(("level", "share"), [(1e5, 0.0), (2e6, 0.5), (2e7, 1.0)])
+def test_rounding_is_judged_by_the_mean_of_the_row(level: float, share: float) -> None:
+    """Rows that are multiples of their reference: the mean lies in a r, and nothing of it in b."""
+    n_snapshots = 40
+    W = planted(2000, n_snapshots, noise=0.3, level=level)
+    W *= np.random.default_rng(0).uniform(0.7, 1.4, (2000, 1)).astype(np.float32)
+    cmd = CMD(n_modes=3, n_samples=300).fit(W)
+    mean = W.mean(axis=1, dtype=np.float64)
+    ss = np.sum((W - mean[:, None]) ** 2, axis=1)
+    expected = np.sum(ss <= n_snapshots * (4 * EPSILON * mean) ** 2)
+    assert cmd.metrics_["n_below_quantisation"] == pytest.approx(expected, abs=3)
+    assert expected / 2000 == pytest.approx(share, abs=0.45)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounding_is_that_of_the_type_stored(tmp_path: Any, dtype: str) -> None:
+    """One row in four moves by one last place of 1."""
+    eps = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    W = planted(400, 8, noise=0.1, level=0.0) + 1
+    W[::4] = 1.0
+    W[::4, 3] = 1 + eps
+    source = write_store(tmp_path / "s.zarr", W, dtype=dtype)
+    assert CMD(n_modes=3, n_samples=200).fit(source).metrics_["n_below_quantisation"] == 100
