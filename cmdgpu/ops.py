@@ -12,7 +12,7 @@ import torch
 from cmdgpu_kernels import References, RowFit
 from torch import Tensor
 
-from cmdgpu.errors import KernelError, UsageError
+from cmdgpu.errors import CmdgpuError, KernelError, UsageError
 from cmdgpu.notation import AnyArray
 
 __all__ = [
@@ -30,7 +30,10 @@ __all__ = [
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, else the CPU. Raises UsageError for a device that is not there."""
+    """``auto`` is the first CUDA device, else the CPU.
+
+    Raises UsageError for a name that is no device, CmdgpuError for a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -44,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index or 0
     if index >= count:
-        raise UsageError(f"asked for {name}, found {count} CUDA devices", hint="use --device cpu")
+        raise CmdgpuError(f"asked for {name}, found {count} CUDA devices", hint="use --device cpu")
     return torch.device("cuda", index)
 
 

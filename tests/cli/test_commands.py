@@ -208,7 +208,7 @@ def test_a_device_that_is_not_there_is_named(stores: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     done = run_cli("fit", stores / "run.zarr", "-o", stores / "x", "--device", "cuda", "-q")
-    assert done.code != 0 and "found 0 CUDA devices" in done.err
+    assert done.code == 1 and "found 0 CUDA devices" in done.err
 
 
 def test_a_traceback_is_shown_only_when_asked(stores: Path) -> None:
