@@ -19,7 +19,7 @@ import zarr
 from torch import Tensor, nn
 
 from cmdgpu.decomposition import CMD
-from cmdgpu.errors import CmdgpuWarning, ModelMismatch, StepNotFound, StoreExists, UsageError
+from cmdgpu.errors import CmdgpuError, CmdgpuWarning, ModelMismatch, StepNotFound, StoreExists, UsageError
 from cmdgpu.notation import F64, AnyArray
 from cmdgpu.recording import Recorder
 from cmdgpu.store.parameter_map import ParameterMap, whole
@@ -449,10 +449,13 @@ def test_a_limit_that_is_no_size_is_refused(limit: int | str) -> None:
         CMD(n_modes=2).fit(walks(20, 4), memory_limit=limit)
 
 
-@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
-    with pytest.raises(UsageError, match=device):
+@pytest.mark.parametrize(
+    ("device", "kind"), [("abacus", UsageError), ("meta", UsageError), ("cuda:99", CmdgpuError)]
+)
+def test_a_device_that_is_not_there_is_refused(device: str, kind: type[CmdgpuError]) -> None:
+    with pytest.raises(CmdgpuError, match=device) as refused:
         CMD(n_modes=2, device=device).fit(walks(20, 4))
+    assert type(refused.value) is kind
 
 
 def test_anything_with_a_shape_that_can_be_sliced_is_fitted_alike(tmp_path: Path) -> None:

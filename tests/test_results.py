@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -318,7 +319,7 @@ def test_chunks_swapped_between_units_are_not_taken(folder: Path, name: str) -> 
     out = folder / "out.zarr"
     swap_files(unit_file(out, name, 0), unit_file(out, name, 2))
     with pytest.raises(StoreCorrupt, match="not the ones that were fitted"):
-        use_everything(out)
+        CMD.load(out)
     assert [d.rows for d in verify_result(out).damaged] == [(0, 255), (512, 767)]
 
 
@@ -493,7 +494,14 @@ def test_threads_limits_and_places_are_no_part_of_the_settings(folder: Path) -> 
     moved = folder / "elsewhere"
     moved.mkdir()
     shutil.move(folder / "s.zarr", moved / "renamed.zarr")
-    again = work().fit(Trajectory.open(moved / "renamed.zarr"), out=folder / "out.zarr", memory_limit="3GiB")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        again = work().fit(
+            Trajectory.open(moved / "renamed.zarr"), out=folder / "out.zarr", memory_limit="3GiB"
+        )
+    finally:
+        torch.set_num_threads(threads)
     assert again.metrics_["bytes_read"] == 0
 
 
@@ -578,8 +586,18 @@ def test_what_killed_workers_left_is_swept_up_at_the_end(folder: Path) -> None:
     out = folder / "new.zarr"
     partial = stop_midway(folder / "s.zarr", out)
     (partial / "a" / "c.1.0123456789abcdef.partial").write_bytes(b"torn")
-    work().fit(Trajectory.open(folder / "s.zarr"), out=out)
+    (partial / "zarr.json.0123456789abcdef.partial").write_bytes(b"torn")
+    copy = Path(shutil.copytree(folder, folder.parent / "second"))
+    disk = Disk()
+    with disk.in_place():
+        work().fit(Trajectory.open(folder / "s.zarr"), out=out)
     assert leftovers(out) == [] and tree_bytes(out) == tree_bytes(folder / "out.zarr")
+    # killed the moment it got its name, a result holds no chunk that was torn
+    named = next(i for i, call in enumerate(disk.calls, start=1) if call.to == out)
+    with pytest.raises(Died), Disk(named + 1).in_place():
+        work().fit(Trajectory.open(copy / "s.zarr"), out=copy / "new.zarr")
+    assert leftovers(copy / "new.zarr") == ["zarr.json.0123456789abcdef.partial"]
+    assert CMD.load(copy / "new.zarr").metrics_["n_rows"] == N
 
 
 # ---- two at once ------------------------------------------------------------------------------------------

@@ -84,10 +84,10 @@ def sum_partial(
 
 
 @triton.jit
-def merge_moments(s1, s2, seen, origin, pivot, mean, ss, STEPS: tl.constexpr):
-    """Mean from the origin and centred sum of squares, with one more partial summed behind ``pivot``."""
+def merge_moments(s1, s2, seen, mean, ss, STEPS: tl.constexpr):
+    """Mean and centred sum of squares with one more partial, and that partial's mean; all from one pivot."""
     mean_x = tl.div_rn(s1, STEPS * 1.0)
-    gap = pivot - origin + mean_x - mean
+    gap = mean_x - mean
     share = STEPS / (seen + STEPS)
     mean = tl.fma(gap, share, mean)
     ss += tl.fma(-s1, mean_x, s2)

@@ -238,6 +238,14 @@ def test_nan_weights_are_counted_and_warned_of_and_no_failure(folder: Path) -> N
     assert "warning: non-finite rows are NaN in W" in ended.err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_a_failure_and_no_wrong_command_line(folder: Path) -> None:
+    before = tree_bytes(folder)
+    line = one_error(run_cli("fit", "s.zarr", "-o", "new.zarr", *FIT, "--device", "cuda:1", "-q"))
+    assert line == "error: asked for cuda:1, found 0 CUDA devices; use --device cpu"
+    assert tree_bytes(folder) == before
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [

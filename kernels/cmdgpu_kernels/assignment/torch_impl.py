@@ -167,7 +167,7 @@ class _Tile:
     step: Tensor
     """What the pivot moved by before this partial."""
     mean: Tensor
-    """Mean so far, from the origin."""
+    """Mean so far, from the pivot."""
     ss: Tensor
     scratch: Tensor
     size: Tensor
@@ -257,19 +257,21 @@ def _load(rows_tb: Tensor, pivot: Tensor, *, out: Tensor) -> None:
 
 
 def _follow(x: Tensor, sum_x: Tensor, seen: int, tile: _Tile, *, moments: bool) -> None:
-    """Move the pivot to the partial's mean; add the partial to the moments. Overwrites x and its sum."""
+    """Add the partial to the moments and move the pivot to its mean. Overwrites x and its sum."""
     steps = len(x)
+    mean = sum_x.div_(steps)
     if moments:
-        mean = torch.div(sum_x, steps, out=tile.size)
         ss = torch.sum(x.mul_(x), 0, out=tile.scratch)
-        tile.ss.add_(ss.addcmul_(sum_x, mean, value=-1.0))
-        gap = torch.sub(tile.pivot, tile.origin, out=tile.scratch).add_(mean).sub_(tile.mean)
+        tile.ss.add_(ss.addcmul_(mean, mean, value=-steps))
+        gap = torch.sub(mean, tile.mean, out=tile.scratch)
         tile.mean.add_(gap, alpha=steps / (seen + steps))
         tile.ss.addcmul_(gap, gap, value=seen * steps / (seen + steps))
     tile.step.copy_(tile.pivot)
-    tile.pivot.add_(sum_x.div_(steps))
+    tile.pivot.add_(mean)
     # The step that was taken, which rounding makes another than the one that was meant.
     torch.sub(tile.pivot, tile.step, out=tile.step)
+    if moments:
+        tile.mean.sub_(tile.step)
 
 
 def _keep_best(d_m: Tensor, first: int, tile: _Tile, *, margin: bool) -> None:
@@ -301,7 +303,7 @@ def _store(tile: _Tile, packed: _Packed, here: slice, fit: RowFit) -> None:
     # Not sqrt: that goes to MKL's vector library, whose first call, made by two threads at once, now and then
     # answers one of them with 12 bits (measured: 1 process in 12, MKL of torch 2.13).
     norm_inv = torch.rsqrt(tile.ss)
-    mean = tile.origin.add_(tile.mean)
+    mean = tile.pivot.add_(tile.mean)
 
     mode = _where(finite, _where(moving, packed.index_m.index_select(0, winner), CONSTANT), NOT_FINITE)
     a = _where(moving, tile.d * packed.rnorm_inv_m.index_select(0, winner), 0)

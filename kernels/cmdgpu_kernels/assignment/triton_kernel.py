@@ -38,7 +38,7 @@ def _add_partial(
     EVEN: tl.constexpr,
 ):
     """Add STEPS snapshots to the totals, then move the pivot to their mean."""
-    rows, z, tail, seen, origin, pivot, step, mean, ss, d = state
+    rows, z, tail, seen, pivot, step, mean, ss, d = state
     s1, s2, partial, rows, z = sum_partial(
         rows, z, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN
     )
@@ -46,10 +46,11 @@ def _add_partial(
     for i in tl.static_range(COUNT):
         # What the last step of the pivot takes out of this and all later partials.
         total = total + (tl.fma(step, tl.load(tail + i), d[i] + partial[i]),)
-    mean, ss, mean_x = merge_moments(s1, s2, seen, origin, pivot, mean, ss, STEPS)
+    mean, ss, mean_x = merge_moments(s1, s2, seen, mean, ss, STEPS)
+    moved = pivot + mean_x
     # The step that is taken, which rounding makes another than the one that is meant.
-    step = pivot + mean_x - pivot
-    return rows, z, tail + STRIDE, seen + STEPS, origin, pivot + step, step, mean, ss, total
+    step = moved - pivot
+    return rows, z, tail + STRIDE, seen + STEPS, moved, step, mean - step, ss, total
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _sum_all(
     z,
     tail,
     live,
-    origin,
+    pivot,
     ld,
     T: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -68,14 +69,14 @@ def _sum_all(
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Mean from the origin, centred sum of squares and d over all T snapshots, in partials."""
+    """Mean, centred sum of squares and d over all T snapshots, in partials."""
     none = tl.zeros([BLOCK_N], tl.float32)
-    state = (rows, z, tail, 0.0, origin, origin, none, none, none, zeros(COUNT, BLOCK_N))
+    state = (rows, z, tail, 0.0, pivot, none, none, none, zeros(COUNT, BLOCK_N))
     for _ in tl.range(0, T // PARTIAL):
         state = _add_partial(state, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
     if T % PARTIAL != 0:
         state = _add_partial(state, live, ld, T % PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
-    return state[7], state[8], state[9]
+    return state[4] + state[6], state[7], state[8]
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def assign_and_fit_kernel(
     lane = tl.arange(0, BLOCK_N)
     live = lane < N - start
     rows = W_tb + start + lane
-    origin = spread_pivot(rows, live, ld, T, EVEN)
+    pivot = spread_pivot(rows, live, ld, T, EVEN)
 
     mean = tl.zeros([BLOCK_N], tl.float32)
     ss = tl.zeros([BLOCK_N], tl.float32)
@@ -123,7 +124,7 @@ def assign_and_fit_kernel(
             Z_tm + first,
             tail_cm + first,
             live,
-            origin,
+            pivot,
             ld,
             T,
             PARTIAL,
@@ -143,7 +144,6 @@ def assign_and_fit_kernel(
             winner = tl.where(better, first + i, winner)
             best = tl.where(better, size, best)
 
-    mean += origin
     # NaN compares false, so a row that is not finite is neither within the limit nor still.
     finite = ss <= LARGEST_SS
     still = ss < SMALLEST_SS
