@@ -87,11 +87,12 @@ def test_drift_far_below_the_mean_costs_no_digit(name: str, level: float) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ten_thousand_snapshots_of_rows_that_settle_far_from_their_start(name: str) -> None:
+@pytest.mark.parametrize("start", [30.0, 500.0, 5000.0])
+def test_ten_thousand_snapshots_of_rows_that_settle_far_from_their_start(name: str, start: float) -> None:
     rng = np.random.default_rng(1)
     t = np.arange(10_000)[:, None]
     W = torch.tensor(
-        30 * np.exp(-t / rng.uniform(20, 60, 40)) + 0.1 * np.cumsum(rng.standard_normal((10_000, 40)), 0),
+        start * np.exp(-t / rng.uniform(20, 60, 40)) + 0.1 * np.cumsum(rng.standard_normal((10_000, 40)), 0),
         dtype=torch.float32,
     )
     R = np.cumsum(rng.standard_normal((3, 10_000)), axis=1)

@@ -51,7 +51,7 @@ NAN_BITS = 0x7FC00000
 """The one NaN of the outputs, quiet and positive."""
 
 DTYPES = ("float32", "float16", "bfloat16")
-TOLERANCE = {"float32": 2e-6, "float16": 2e-6, "bfloat16": 2e-6}
+TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
 
 
 def refusals(problem: Problem) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ MAX_REFERENCES = 16
 TRANSPOSED = 64 * 2**20
 """Bytes of a row-major block that are turned at a time."""
 
-TOLERANCE = {"float32": 5e-6, "float16": 5e-6, "bfloat16": 5e-6}
+TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
 
 
 def refusals(problem: Problem) -> tuple[str, ...]:
