@@ -17,7 +17,7 @@ import torch
 import cmdgpu
 from cmdgpu import demo
 from cmdgpu.demo import DemoReport, run_demo
-from cmdgpu.errors import StoreExists, UsageError
+from cmdgpu.errors import CmdgpuError, StoreExists
 
 CPU = torch.device("cpu")
 EPOCHS = 3
@@ -340,6 +340,6 @@ class TestTheDirectory:
     def test_impossible_wishes_are_refused_before_it_is_touched(
         self, tmp_path: Path, options: dict[str, Any], said: str
     ) -> None:
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(CmdgpuError, match=said):
             run_demo(tmp_path / "demo", **options)
         assert not (tmp_path / "demo").exists()
