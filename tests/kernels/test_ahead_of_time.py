@@ -21,6 +21,8 @@ VARIANTS = [
         (100, 16, "even"),
         (61, 10, "even"),
         (100, 10, "ragged"),
+        (1000, 5, "ragged:margin"),
+        (1000, 16, "margin:even"),
     )
 ]
 SHARED_LIMIT = 232_448
