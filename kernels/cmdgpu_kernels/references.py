@@ -106,8 +106,6 @@ def prepare_references(R_mt: ArrayLike | Tensor) -> References:
 
 def _distinct(z_mt: NDArray[np.float32]) -> NDArray[np.int64]:
     """Indices of the profiles that differ from every earlier one and from its negation."""
-    if z_mt.shape[1] == 2:
-        return np.arange(min(len(z_mt), 1), dtype=np.int64)
     first: dict[bytes, int] = {}
     for m, z in enumerate(z_mt):
         # Adding zero turns -0 into +0, which compares equal but has other bytes.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import subprocess
+import sys
 from collections.abc import Iterable
 
 import pytest
@@ -25,13 +26,22 @@ def test_a_worker_stays_on_one_thread_after_its_first_product(threads: int) -> N
     assert torch.get_num_threads() == before
 
 
-def test_threads_born_later_have_the_number_they_would_have_had() -> None:
-    run_in_workers(_drain, range(4), 2)
-    born: list[int] = []
-    thread = threading.Thread(target=lambda: born.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert born == [torch.get_num_threads()]
+NUMBERS = """
+import threading, torch
+from cmdgpu_kernels.workers import run_in_workers
+torch.set_num_threads(3)
+run_in_workers(list, range(4), 2)
+born = threading.Thread(target=lambda: print(torch.get_num_threads()))
+born.start()
+born.join()
+print(torch.get_num_threads())
+"""
+
+
+def test_neither_the_caller_nor_a_thread_born_later_loses_its_number_of_threads() -> None:
+    """In a new process: the workers of this one are up already."""
+    done = subprocess.run([sys.executable, "-c", NUMBERS], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["3", "3"], done.stderr
 
 
 def test_an_error_of_one_task_is_raised_when_all_workers_have_stopped() -> None:
@@ -42,8 +52,3 @@ def test_an_error_of_one_task_is_raised_when_all_workers_have_stopped() -> None:
 
     with pytest.raises(ArithmeticError, match="task 3"):
         run_in_workers(work, range(50), 2)
-
-
-def _drain(tasks: Iterable[int]) -> None:
-    for _ in tasks:
-        pass

@@ -35,8 +35,8 @@ __all__ = ["TILE", "TOLERANCE", "refusals", "run", "workspace_bytes"]
 F32 = NDArray[np.float32]
 
 TILE = 16_384
-"""Rows of a tile. Smaller ones fit the L2 cache but spend their time in Python: with two threads 8,192 rows
-reach 3.8 GB/s and 2,048 rows 2.1 GB/s, where 16,384 reach 4.3."""
+"""Rows of a tile. Smaller ones fit the L2 cache but spend their time in Python: a sketch of this loop on two
+threads reached 2.1 GB/s with 2,048 rows, 3.8 with 8,192 and 4.3 with 16,384."""
 
 GROUP = 128
 """References of one product. More are taken in turns, reading W again, so that M does not size the memory."""
@@ -171,7 +171,6 @@ class _Tile:
     ss: Tensor
     scratch: Tensor
     size: Tensor
-    """|d_m| of the reference being looked at."""
     best: Tensor
     """Largest |d_m| so far, and the second largest."""
     second: Tensor
@@ -211,7 +210,7 @@ def _fit_tile(W_tb: Tensor, start: int, packed: _Packed, tile: _Tile, fit: RowFi
         tile.x.zero_()
         tile.origin.zero_()
     _set_origin(rows_tb, tile)
-    for vector in (tile.mean, tile.ss, tile.best, tile.second, tile.winner):
+    for vector in (tile.mean, tile.ss, tile.best, tile.second):
         vector.zero_()
     for number, group in enumerate(packed.groups):
         first = number * GROUP
@@ -275,23 +274,32 @@ def _follow(x: Tensor, sum_x: Tensor, seen: int, tile: _Tile, *, moments: bool) 
 
 
 def _keep_best(d_m: Tensor, first: int, tile: _Tile, *, margin: bool) -> None:
-    """Running maximum of |d| over references ``first, first + 1, ...``: a tie leaves the lower one.
+    """Largest |d| so far with the references ``first, first + 1, ...``: a tie leaves the lower one.
 
-    Written with products and maxima: on the CPU a selection by booleans takes twenty times longer, and
-    ``torch.max`` over the references three times.
+    A few passes over all of them: ``torch.max``, which also gives the index, takes six times longer on the
+    CPU, and many small operations make the threads wait for one another in Python.
     """
-    better = tile.scratch
-    for number, d in enumerate(d_m, start=first):
-        torch.abs(d, out=tile.size)
-        torch.gt(tile.size, tile.best, out=better)
-        if margin:
-            torch.maximum(tile.second, torch.minimum(tile.size, tile.best), out=tile.second)
-        torch.maximum(tile.best, tile.size, out=tile.best)
-        # Numbers ascend, so the latest one that was better is the largest.
-        torch.maximum(tile.winner, better.mul_(number), out=tile.winner)
-    found = tile.winner.sub(first).clamp_(min=0).long()
-    d_found = d_m.gather(0, found[None])[0]
-    tile.d.copy_(d_found if first == 0 else torch.where(tile.winner >= first, d_found, tile.d))
+    count = len(d_m)
+    size_m = torch.abs(d_m, out=tile.product[:count])
+    size = torch.amax(size_m, 0, out=tile.size)
+    if margin:
+        torch.maximum(tile.second, torch.minimum(size, tile.best), out=tile.second)
+        if count > 1:
+            torch.maximum(tile.second, size_m.topk(2, dim=0).values[1], out=tile.second)
+    # Of those that reach the maximum the lowest has the highest rank. NaN reaches nothing: rank 0.
+    rank = torch.arange(count, 0, -1, dtype=torch.float32, device=d_m.device)[:, None]
+    reached = torch.eq(size_m, size, out=size_m).mul_(rank)
+    found = torch.amax(reached, 0, out=tile.scratch).neg_().add_(count).clamp_(max=count - 1)
+    d_found = d_m.gather(0, found.long()[None])[0]
+    if first == 0:
+        tile.best.copy_(size)
+        tile.winner.copy_(found)
+        tile.d.copy_(d_found)
+    else:
+        better = size > tile.best
+        tile.best.copy_(torch.where(better, size, tile.best))
+        tile.winner.copy_(torch.where(better, found.add_(first), tile.winner))
+        tile.d.copy_(torch.where(better, d_found, tile.d))
 
 
 def _store(tile: _Tile, packed: _Packed, here: slice, fit: RowFit) -> None:
