@@ -290,8 +290,10 @@ class Journal:
     def rewind(self, step: int) -> int:
         """Drop every snapshot after ``step``, one at a time, the last one first; returns how many.
 
-        Commit T - 1, then delete the chunks of index T - 1: a kill in between leaves only what the next
-        ``open`` cleans up. Raises StepNotFound, before anything is dropped, when ``step`` was not recorded.
+        What a failed append left at index T goes first: after the commit of T - 1 it would lie *beyond* the
+        edge, where ``open`` takes it for the data of a newer commit. Then commit T - 1 and delete the chunks
+        of index T - 1: a kill in between leaves only what the next ``open`` cleans up. Raises StepNotFound,
+        before anything is dropped, when ``step`` was not recorded.
         """
         steps = self.view.steps
         if step not in steps:
@@ -308,6 +310,8 @@ class Journal:
     def _drop_last(self) -> None:
         view, t = self.view, len(self.view.steps) - 1
         self._fence()
+        self._clean_up()
+        self._flush_names()
         self._commit(view.steps[:t], view.digests[:t], {n: v[:t] for n, v in view.scalars.items()})
         self._clean_up()
         self._flush_names()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -256,6 +258,27 @@ def test_a_fault_at_any_call_of_a_rewind_leaves_a_prefix_that_goes_on(
         shutil.rmtree(store)
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_failed_append_left_never_lies_beyond_the_edge_of_a_rewind(
+    base: Path, tmp_path: Path, fault: Fault
+) -> None:
+    """The journal goes on after a full disk; its orphans must be gone before T - 1 is committed."""
+    reopened = Reopened()
+    calls = watch(Path(shutil.copytree(base, tmp_path / "twin.zarr")), lambda journal: append(journal, NEXT))
+    committed = max(i for i, c in enumerate(calls) if c.to is not None and c.to.name == fmt.DOCUMENT)
+    for disk in every_fault(fault):
+        store = Path(shutil.copytree(base, tmp_path / f"{disk.fail_at}.zarr"))
+        journal = Journal.open(store)
+        with pytest.raises(WriteFailed), Disk(committed + 1, "disk").in_place():
+            append(journal, NEXT)
+        assert (store / fmt.WEIGHTS / fmt.chunk_name(0, len(STEPS))).exists()
+        with contextlib.suppress(Died, CmdgpuError), disk.in_place():
+            journal.rewind(STEPS[0])
+        journal.close()
+        reopened.check(store, [list(STEPS[:n]) for n in (1, 2, 3)])
+        shutil.rmtree(store)
+
+
 def test_a_scalar_of_an_append_that_failed_does_not_haunt_a_later_one(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,8 +358,6 @@ def test_an_older_commit_put_back_loses_no_newer_chunk(store: Path) -> None:
 
 
 def test_a_second_writer_is_refused_naming_the_first_ones_process(store: Path) -> None:
-    import os
-
     journal = Journal.open(store)
     with pytest.raises(StoreLocked, match=f"process {os.getpid()}") as caught:
         Journal.open(store)

@@ -157,7 +157,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestLife.settings = settings(stateful_step_count=12)
 
 
 def test_readers_beside_a_writer_see_whole_snapshots_only(tmp_path: Path) -> None:
