@@ -1,12 +1,13 @@
 # make demo   install into .venv and run the built-in example on real data
 # make test   install into .venv with the test tools and run the tests
 # make check  lint, format, types and import contracts
+# make faults  the long sweeps: every system call killed, power cuts, full disks, flipped bits
 # make bench  the CPU benchmark, written to benchmarks/results/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check faults bench clean
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +29,9 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+faults: .venv/.dev
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "" tests/faults
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/run.py

@@ -24,7 +24,7 @@ from cmdgpu.recording import Recorder
 from cmdgpu.store.parameter_map import ParameterMap, Piece, TensorEntry
 from cmdgpu.tensors import build, flat_blocks
 from cmdgpu.trajectory import Trajectory
-from tests.faults import every_fault
+from tests.faults.disk import every_fault
 from tests.verbs import Net, check_same_bits, flip_bit, float_tensors, leftovers, net_at, scramble
 
 SUFFIX = {"safetensors": ".safetensors", "pt": ".pt"}

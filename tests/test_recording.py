@@ -36,7 +36,7 @@ from cmdgpu.recording import Recorder
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.verification import verify_store
 from cmdgpu.trajectory import Trajectory
-from tests.faults import Disk
+from tests.faults.disk import Disk
 from tests.verbs import Net, check_same_bits, float_tensors, net_at, scramble, tree_bytes
 
 

@@ -49,7 +49,7 @@ from cmdgpu.results import (
 from cmdgpu.statistics import FIELDS, N_BINS
 from cmdgpu.store import format as fmt
 from cmdgpu.trajectory import Trajectory
-from tests.faults import FAULTS, Died, Disk, Fault
+from tests.faults.disk import FAULTS, Died, Disk, Fault
 from tests.harness import Ticks, fit_bits, one_tensor, planted, row_bits, walks, write_store
 from tests.verbs import (
     LAYOUT,

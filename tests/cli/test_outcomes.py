@@ -24,7 +24,7 @@ from cmdgpu.errors import CmdgpuError
 from cmdgpu.results import partials_of, progress_of
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.trajectory import Trajectory
-from tests.faults import Disk
+from tests.faults.disk import Disk
 from tests.harness import Ended, end_of, planted, run_cli, start_child, walks, write_store
 from tests.verbs import flip_bit, leftovers, tree_bytes
 

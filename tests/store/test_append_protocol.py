@@ -26,7 +26,7 @@ from cmdgpu.errors import (
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.view import StoreView
-from tests.faults import FAULTS, Call, Died, Disk, Fault, every_fault
+from tests.faults.disk import FAULTS, Call, Died, Disk, Fault, every_fault
 from tests.verbs import (
     N_CHUNKS,
     STEPS,

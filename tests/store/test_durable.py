@@ -15,7 +15,7 @@ import pytest
 from cmdgpu.errors import StoreExists, StoreLocked, WriteFailed
 from cmdgpu.store import durable
 from cmdgpu.store.journal import Journal
-from tests.faults import Disk, every_fault
+from tests.faults.disk import Disk, every_fault
 from tests.verbs import append, build_store, check_store_holds, create_store, leftovers
 
 

@@ -12,7 +12,7 @@ from cmdgpu.errors import StepNotFound, StoreFenced
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.view import StoreView
-from tests.faults import Died, Disk
+from tests.faults.disk import Died, Disk
 from tests.verbs import STEPS, append, build_store, check_store_holds, open_xarray, tree_bytes
 
 

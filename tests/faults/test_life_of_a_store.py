@@ -19,7 +19,7 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.verification import verify_store
 from cmdgpu.store.view import StoreView
-from tests.faults import FAULTS, Died, Disk, Fault
+from tests.faults.disk import FAULTS, Died, Disk, Fault
 from tests.verbs import (
     N_CHUNKS,
     ROWS,
