@@ -18,8 +18,8 @@ from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest
 from cmdgpu.results.modes import read_modes
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
+from cmdgpu.store.commit import require_store
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.store.view import require_store
 
 
 def partial_path(out: Path, fingerprint: str) -> Path:

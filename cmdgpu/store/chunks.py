@@ -1,4 +1,4 @@
-"""The one checked reader of chunk files.
+"""Chunk files: the one writer and the one checked reader.
 
 A chunk is ``bytes + crc32c``: its elements, then four bytes of CRC. It is read whole, into the place where
 it will be used, and its CRC is computed over what arrived; a missing, short, long or foreign file is damage
@@ -15,7 +15,8 @@ from typing import Any, cast
 import google_crc32c
 import numpy as np
 
-from cmdgpu.notation import AnyArray
+from cmdgpu.notation import U8, AnyArray
+from cmdgpu.store import durable
 from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.format import CRC_BYTES
 
@@ -28,6 +29,14 @@ def crc32c(values: AnyArray) -> bytes:
     """The four bytes that follow ``values`` in a chunk file. ``values`` is contiguous."""
     checksum: int = cast(Any, google_crc32c).value(values.reshape(-1).view(np.uint8))
     return checksum.to_bytes(CRC_BYTES, "little")
+
+
+def write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
+    """Put a chunk down and return its CRC; the directory is not flushed (see ``durable.write_file``)."""
+    values = np.ascontiguousarray(values)
+    crc = crc32c(values)
+    durable.write_file(directory, name, [bytes_of(values), crc])
+    return crc
 
 
 def _open(path: Path, n_bytes: int) -> int:
@@ -87,5 +96,33 @@ def read_chunk(path: Path, out: AnyArray, kept: bytes | None = None) -> bytes:
     if kept is not None and carried != kept:
         raise ChunkDamage("is not the chunk that was committed (its CRC is another)")
     if crc32c(out) != carried:
+        raise ChunkDamage("crc32c mismatch")
+    return carried
+
+
+PIECE = 256 << 10
+"""Bytes a check reads at a time: they are still in the core's own cache when their CRC is taken."""
+
+
+def check_chunk(path: Path, n_bytes: int, buffer: U8) -> bytes:
+    """The CRC a chunk of ``n_bytes`` carries, after every byte of it was read and found to have it.
+
+    Reads through ``buffer`` in pieces, so that memory does not grow with the chunk. Raises ChunkDamage.
+    """
+    fd = _open(path, n_bytes)
+    try:
+        crc = done = 0
+        while done < n_bytes:
+            got = os.preadv(fd, [bytes_of(buffer[: n_bytes - done])], done)
+            if got == 0:
+                raise ChunkDamage("shrank while it was read")
+            crc = cast(Any, google_crc32c).extend(crc, buffer[:got])
+            done += got
+        carried = os.pread(fd, CRC_BYTES, n_bytes)
+    except OSError as error:
+        raise ChunkDamage(f"cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    if carried != crc.to_bytes(CRC_BYTES, "little"):
         raise ChunkDamage("crc32c mismatch")
     return carried

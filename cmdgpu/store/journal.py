@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -30,9 +30,18 @@ from cmdgpu.errors import (
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
-from cmdgpu.store.chunks import crc32c
+from cmdgpu.store.chunks import write_chunk
+from cmdgpu.store.commit import PARAMETER_BY_SNAPSHOT
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.store.view import PARAMETER_BY_SNAPSHOT, SAMPLE_BY_SNAPSHOT, StoreView, small_type
+from cmdgpu.store.small import (
+    digest,
+    sketch_document,
+    small_document,
+    write_document,
+    write_series,
+    write_sketch_rows,
+)
+from cmdgpu.store.view import StoreView
 
 _CHUNK = re.compile(r"c\.(\d+)\.(\d+)")
 _WRITERS: Final = 4
@@ -70,14 +79,12 @@ class Journal:
                 {"cmdgpu": fmt.own("trajectory", unit=unit, layout=parameter_map.to_json())}
             )
             small = {fmt.STEP: fmt.sha256()}
-            arrays = {fmt.STEP: _small_document(fmt.STEP, 0)}
+            arrays = {fmt.STEP: small_document(fmt.STEP, 0)}
             if sketch_rows is not None:
-                arrays[fmt.SKETCH] = _sketch_document(len(sketch_rows), 0, storage)
-                arrays[fmt.SKETCH_ROW] = fmt.array_document(
-                    (len(sketch_rows),), (max(len(sketch_rows), 1),), "int64", ("sample",),
-                    np.iinfo(np.int64).min, {"cmdgpu": fmt.own("small")},
-                )  # fmt: skip
-                small[fmt.SKETCH_ROW] = _digest(sketch_rows)
+                arrays[fmt.SKETCH] = sketch_document(len(sketch_rows), 0, storage)
+                small[fmt.SKETCH_ROW] = digest(sketch_rows)
+                durable.make_directory(building / fmt.SKETCH_ROW)
+                write_sketch_rows(building / fmt.SKETCH_ROW, sketch_rows)
             head = fmt.own(
                 "weights", steps=[], digests=[], small=small, layout=group["attributes"]["cmdgpu"]["self"]
             )
@@ -89,12 +96,8 @@ class Journal:
             )  # fmt: skip
             for name, document in arrays.items():
                 durable.make_directory(building / name)
-                durable.write_file(building / name, fmt.DOCUMENT, [fmt.encode(document)])
-            if sketch_rows is not None and len(sketch_rows):
-                _write_chunk(building / fmt.SKETCH_ROW, fmt.chunk_name(0), sketch_rows.astype("<i8"))
+                write_document(building / name, document)
             durable.write_file(building, fmt.DOCUMENT, [fmt.encode(group)])
-            for name in arrays:
-                durable.flush_directory(building / name)
             durable.flush_directory(building)
             durable.publish_directory(building, path)
         except BaseException:
@@ -178,7 +181,7 @@ class Journal:
         view = self.view
         crcs = self._write_column(column, t)
         if sketch is not None:
-            crcs.append(_write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch))
+            crcs.append(write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch))
         steps = np.append(view.steps, np.int64(step))
         series = self._extend_scalars(scalars)
         self._write_small(steps, series)
@@ -203,7 +206,7 @@ class Journal:
         rows, directory = self.view.rows, self.view.path / fmt.WEIGHTS
 
         def write(i: int) -> bytes:
-            return _write_chunk(directory, fmt.chunk_name(i, t), column[i * rows : (i + 1) * rows])
+            return write_chunk(directory, fmt.chunk_name(i, t), column[i * rows : (i + 1) * rows])
 
         if self.view.n_chunks == 1:
             return [write(0)]
@@ -227,7 +230,7 @@ class Journal:
             self._write_small_array(name, values)
         view = self.view
         if view.sketch_rows is not None:
-            document = _sketch_document(len(view.sketch_rows), len(steps), view.storage)
+            document = sketch_document(len(view.sketch_rows), len(steps), view.storage)
             durable.write_file(view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(document)])
 
     def _write_small_array(self, name: str, values: AnyArray) -> None:
@@ -235,13 +238,13 @@ class Journal:
         directory = self.view.path / name
         tail = (len(values) - 1) // fmt.SMALL_CHUNK
         if name in self._small_names():
-            _write_small_chunks(directory, name, values, tail)
+            write_series(directory, name, values, tail)
             return
         self._discard_uncommitted(directory)
         building = self.view.path / durable.partial_name(name)
         try:
             durable.make_directory(building)
-            _write_small_chunks(building, name, values, 0)
+            write_series(building, name, values, 0)
             durable.publish_directory(building, directory)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
@@ -256,19 +259,21 @@ class Journal:
     def _fence(self) -> None:
         """A second writer where ``flock`` does not work (some network filesystems) is caught here."""
         path = self.view.path / fmt.WEIGHTS / fmt.DOCUMENT
-        if fmt.read_bytes(path) != self.view.commit:
+        if fmt.read_bytes(path) != self.view.raw:
             self._usable = False
             raise StoreFenced("another writer committed here", file=path, hint="one recorder per store")
 
     def _commit(self, steps: I64, digests: tuple[str, ...], series: dict[str, F64]) -> None:
         """The rename inside ``write_file`` moves every reader to the new edge; its flush makes that last."""
-        document = json.loads(self.view.commit)
+        document = json.loads(self.view.raw)
         document["shape"][1] = len(steps)
         head = document["attributes"]["cmdgpu"]
         head["steps"] = steps.tolist()
         head["digests"] = list(digests)
         for name, values in {fmt.STEP: steps, **series}.items():
-            head["small"][name] = _digest(values)
+            head["small"][name] = digest(values)
+        for lost in set(self.view.scalars) - set(series):
+            del head["small"][lost]
         raw = fmt.encode(fmt.seal(document))
         directory = self.view.path / fmt.WEIGHTS
         durable.write_file(directory, fmt.DOCUMENT, [raw])
@@ -282,7 +287,7 @@ class Journal:
                 hint="open the store again to learn which snapshots exist",
             ) from error
         self.view = dataclasses.replace(
-            self.view, steps=steps, digests=digests, scalars=series, commit=raw, _crcs={}
+            self.view, steps=steps, digests=digests, small=head["small"], scalars=series, raw=raw, _crcs={}
         )
 
     # ---- going back ---------------------------------------------------------------------------------
@@ -319,56 +324,17 @@ class Journal:
     def _trim_small(self) -> None:
         """Shorten the shapes, leave the values."""
         t = len(self.view.steps)
-        documents = {name: _small_document(name, t) for name in self._small_names()}
+        documents = {name: small_document(name, t) for name in self._small_names()}
         if self.view.sketch_rows is not None:
-            documents[fmt.SKETCH] = _sketch_document(len(self.view.sketch_rows), t, self.view.storage)
+            documents[fmt.SKETCH] = sketch_document(len(self.view.sketch_rows), t, self.view.storage)
         for name, document in documents.items():
             directory = self.view.path / name
             found, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
             if found["shape"] != document["shape"]:
-                durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(document)])
-                durable.flush_directory(directory)
+                write_document(directory, document)
 
 
 def nearest_steps(steps: I64, step: int, count: int = 3) -> str:
     """The recorded steps closest to the one asked for, as text."""
     order = sorted((int(s) for s in steps), key=lambda s: abs(s - step))[:count]
     return ", ".join(map(str, sorted(order))) if order else "none"
-
-
-def _write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
-    values = np.ascontiguousarray(values)
-    crc = crc32c(values)
-    durable.write_file(directory, name, [durable.bytes_of(values), crc])
-    return crc
-
-
-def _write_small_chunks(directory: Path, name: str, values: AnyArray, first: int) -> None:
-    """Chunks ``first`` and on of a small array, then its shape."""
-    _, fill = small_type(name)
-    for i in range(first, (len(values) - 1) // fmt.SMALL_CHUNK + 1):
-        chunk = np.full(fmt.SMALL_CHUNK, fill, dtype=values.dtype.newbyteorder("<"))
-        part = values[i * fmt.SMALL_CHUNK : (i + 1) * fmt.SMALL_CHUNK]
-        chunk[: len(part)] = part
-        _write_chunk(directory, fmt.chunk_name(i), chunk)
-    durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(_small_document(name, len(values)))])
-    durable.flush_directory(directory)
-
-
-def _digest(values: AnyArray) -> str:
-    return fmt.sha256(values.astype(values.dtype.newbyteorder("<")).tobytes())
-
-
-def _small_document(name: str, length: int) -> fmt.Json:
-    attributes: dict[str, Any] = {"cmdgpu": fmt.own("small")}
-    kind, fill = small_type(name)
-    if name != fmt.STEP:
-        attributes["coordinates"] = fmt.STEP
-    return fmt.array_document((length,), (fmt.SMALL_CHUNK,), kind, ("snapshot",), fill, attributes)
-
-
-def _sketch_document(n_candidates: int, length: int, storage: fmt.Storage) -> fmt.Json:
-    return fmt.array_document(
-        (n_candidates, length), (max(n_candidates, 1), 1), storage.zarr, SAMPLE_BY_SNAPSHOT, storage.fill,
-        {"coordinates": fmt.STEP, "cmdgpu": fmt.own("small")},
-    )  # fmt: skip

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
-
-from cmdgpu.errors import StoreCorrupt
+from cmdgpu.errors import CmdgpuError, NotAStore, StoreCorrupt
 from cmdgpu.progress import Progress, Silent
 from cmdgpu.store import format as fmt
-from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
-from cmdgpu.store.view import StoreView
-
-_READERS = 4
+from cmdgpu.store.chunks import ChunkDamage
+from cmdgpu.store.commit import Commit, read_commit
+from cmdgpu.store.scan import ChunkFile, scan
+from cmdgpu.store.small import check_sketch, read_scalar, read_sketch_rows, read_steps
 
 
 @dataclass(frozen=True)
@@ -43,35 +40,50 @@ class Damage:
 
 @dataclass
 class Verification:
-    chunks_checked: int
-    bytes_checked: int
-    damaged: list[Damage]
+    chunks_checked: int = 0
+    bytes_checked: int = 0
+    damaged: list[Damage] = field(default_factory=list[Damage])
+
+
+Answer: TypeAlias = tuple[ChunkFile, bytes | ChunkDamage]
 
 
 def verify_store(path: Path, *, quick: bool = False, progress: Progress | None = None) -> Verification:
-    """Check a trajectory store. Bounded memory: a few chunks at a time.
+    """Check a trajectory store, in the memory of a few small buffers.
 
-    quick   metadata, presence, type, size and the CRC every file carries against the digests
+    quick   metadata, small arrays, presence, type, size and the CRC every chunk carries against the digests
     full    every byte besides
 
-    Damaged metadata is a finding like any other; NotAStore is raised for a path that never was a store.
+    Damage never hides damage: what the small arrays lost, the chunks are checked all the same. Only without
+    its two documents, ``zarr.json`` of the group and of ``weights``, is there nothing to check against.
+    Raises NotAStore for a path that never was a store.
     """
     progress = progress or Silent()
     listed = sorted((path / fmt.WEIGHTS).glob("c.*.*"))  # before T is read: a recorder may go on meanwhile
     try:
-        view = StoreView.open(path)
+        commit = read_commit(path)
     except StoreCorrupt as error:
-        return Verification(0, 0, [Damage(error.file or str(path), "metadata", error.message)])
-    found = Verification(0, 0, list(_beyond_the_edge(listed, len(view.steps))))
-    progress.begin("verify", view.stored_bytes)
+        return Verification(damaged=[_metadata_damage(error, path)])
+    found = Verification(damaged=[*_beyond_the_edge(listed, len(commit.steps)), *_small_damage(commit)])
+    columns = _Columns(commit)
+    progress.begin("verify", columns.n_bytes * len(commit.steps))
     try:
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="cmdgpu-verify") as pool:
-            for t in range(len(view.steps)):
-                _verify_column(view, t, quick, pool, found)
-                progress.advance(view.stored_bytes // len(view.steps))
+        answers = scan((file for t in range(len(commit.steps)) for file in columns.files(t)), quick=quick)
+        for t in range(len(commit.steps)):
+            answered: list[Answer] = []
+            for file in columns.files(t):
+                answered.append((file, next(answers)))
+                progress.advance(file.n_bytes + fmt.CRC_BYTES)
+            found.damaged += columns.judge(t, answered)
+            found.chunks_checked += len(answered)
+            found.bytes_checked += 0 if quick else columns.n_bytes
     finally:
         progress.end()
     return found
+
+
+def _metadata_damage(error: CmdgpuError, path: Path, array: str = "metadata") -> Damage:
+    return Damage(error.file or str(path), array, error.message)
 
 
 def _beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
@@ -82,41 +94,63 @@ def _beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
             yield Damage(str(file), fmt.WEIGHTS, f"lies beyond snapshot {edge}: an older commit was put back")
 
 
-def _verify_column(
-    view: StoreView, t: int, quick: bool, pool: ThreadPoolExecutor, found: Verification
-) -> None:
-    itemsize = view.storage.numpy.itemsize
-    step = int(view.steps[t])
-
-    def check(i: int) -> tuple[bytes | None, Damage | None]:
-        path = view.chunk_path(i, t)
+def _small_damage(commit: Commit) -> Iterator[Damage]:
+    """What is wrong with the small arrays, each for itself."""
+    checks: dict[str, Callable[[], object]] = {fmt.STEP: lambda: read_steps(commit)}
+    for name in commit.scalar_names:
+        checks[name] = lambda name=name: read_scalar(commit, name)
+    if commit.has_sketch:
+        checks[fmt.SKETCH_ROW] = lambda: check_sketch(commit, len(read_sketch_rows(commit)))
+    for name, check in checks.items():
         try:
-            if quick:
-                return stored_crc(path, view.rows * itemsize), None
-            return read_chunk(path, np.empty(view.rows, dtype=view.storage.numpy)), None
-        except ChunkDamage as damage:
-            start, stop = i * view.rows, min((i + 1) * view.rows, view.map.n_rows)
-            names = view.map.name_rows(start, stop)
-            return None, Damage(str(path), fmt.WEIGHTS, str(damage), step, (start, stop - 1), names)
+            check()
+        except (StoreCorrupt, NotAStore) as error:
+            yield _metadata_damage(error, commit.path, name)
 
-    answers = list(pool.map(check, range(view.n_chunks)))
-    if view.sketch_rows is not None:
-        path = view.path / fmt.SKETCH / fmt.chunk_name(0, t)
-        n = len(view.sketch_rows)
-        try:
-            if quick:
-                answers.append((stored_crc(path, n * itemsize), None))
-            else:
-                answers.append((read_chunk(path, np.empty(n, dtype=view.storage.numpy)), None))
-        except ChunkDamage as damage:
-            answers.append((None, Damage(str(path), fmt.SKETCH, str(damage), step)))
-    damages = [damage for _, damage in answers if damage is not None]
-    crcs = [crc for crc, _ in answers if crc is not None]
-    if not damages and fmt.sha256(*crcs) != view.digests[t]:
-        where = str(view.path / fmt.WEIGHTS / f"c.*.{t}")
-        problem, n_rows = "not the chunks that were committed (swapped or stale)", view.map.n_rows
-        names = view.map.name_rows(0, n_rows)
-        damages = [Damage(where, fmt.WEIGHTS, problem, step, (0, n_rows - 1), names)]
-    found.damaged += damages
-    found.chunks_checked += len(answers)
-    found.bytes_checked += 0 if quick else view.stored_bytes // len(view.steps)
+
+class _Columns:
+    """The chunk files of a snapshot, and the judgement on them."""
+
+    def __init__(self, commit: Commit) -> None:
+        self._commit = commit
+        itemsize = commit.storage.numpy.itemsize
+        self._chunk_bytes = commit.rows * itemsize
+        self._sketch_bytes: int | None = None
+        self._complete = True
+        if commit.has_sketch:
+            try:
+                self._sketch_bytes = len(read_sketch_rows(commit)) * itemsize
+            except (StoreCorrupt, NotAStore):
+                self._complete = False  # told already; how long a sketch chunk is nobody knows now
+
+    @property
+    def n_bytes(self) -> int:
+        """Of a column on disk."""
+        return sum(file.n_bytes + fmt.CRC_BYTES for file in self.files(0))
+
+    def files(self, t: int) -> Iterator[ChunkFile]:
+        for i in range(self._commit.n_chunks):
+            yield ChunkFile(self._commit.chunk_path(i, t), self._chunk_bytes)
+        if self._sketch_bytes is not None:
+            yield ChunkFile(self._commit.sketch_path(t), self._sketch_bytes)
+
+    def judge(self, t: int, answers: list[Answer]) -> list[Damage]:
+        """Damaged chunks by name; whole ones must be the ones that were committed."""
+        commit, step = self._commit, int(self._commit.steps[t])
+        damages: list[Damage] = []
+        for i, (file, answer) in enumerate(answers):
+            if isinstance(answer, ChunkDamage) and i < commit.n_chunks:
+                start, stop = i * commit.rows, min((i + 1) * commit.rows, commit.map.n_rows)
+                names = commit.map.name_rows(start, stop)
+                damages.append(
+                    Damage(str(file.path), fmt.WEIGHTS, str(answer), step, (start, stop - 1), names)
+                )
+            elif isinstance(answer, ChunkDamage):
+                damages.append(Damage(str(file.path), fmt.SKETCH, str(answer), step))
+        crcs = [answer for _, answer in answers if isinstance(answer, bytes)]
+        if not damages and self._complete and fmt.sha256(*crcs) != commit.digests[t]:
+            where = str(commit.path / fmt.WEIGHTS / f"c.*.{t}")
+            problem, n_rows = "not the chunks that were committed (swapped or stale)", commit.map.n_rows
+            names = commit.map.name_rows(0, n_rows)
+            damages = [Damage(where, fmt.WEIGHTS, problem, step, (0, n_rows - 1), names)]
+        return damages

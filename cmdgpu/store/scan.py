@@ -1,0 +1,58 @@
+"""Look at many chunk files as fast as the disk gives them, in order, in the memory of a few small buffers."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from cmdgpu.store.chunks import PIECE, ChunkDamage, check_chunk, stored_crc
+
+_READERS: Final = 8
+"""Chunks in flight: a cold disk answers many questions at once faster than one after the other."""
+_AHEAD: Final = 4 * _READERS
+
+
+@dataclass(frozen=True)
+class ChunkFile:
+    path: Path
+    n_bytes: int
+    """Bytes of its elements; the CRC follows them."""
+
+
+def scan(files: Iterable[ChunkFile], *, quick: bool) -> Iterator[bytes | ChunkDamage]:
+    """For every file the CRC it carries, or what is wrong with it.
+
+    quick looks at presence, type and size only; otherwise every byte is read and must have that CRC.
+    """
+    own = threading.local()
+
+    def look(file: ChunkFile) -> bytes | ChunkDamage:
+        try:
+            if quick:
+                return stored_crc(file.path, file.n_bytes)
+            if not hasattr(own, "buffer"):
+                own.buffer = np.empty(PIECE, dtype=np.uint8)
+            return check_chunk(file.path, file.n_bytes, own.buffer)
+        except ChunkDamage as damage:
+            return damage
+
+    left = iter(files)
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="cmdgpu-scan") as pool:
+        asked: deque[Future[bytes | ChunkDamage]] = deque()
+        try:
+            asked.extend(pool.submit(look, file) for file in itertools.islice(left, _AHEAD))
+            while asked:
+                answer = asked.popleft().result()
+                asked.extend(pool.submit(look, file) for file in itertools.islice(left, 1))
+                yield answer
+        finally:
+            for future in asked:
+                future.cancel()
