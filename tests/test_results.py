@@ -366,9 +366,20 @@ def test_a_forged_plan_makes_every_unit_a_stranger(folder: Path) -> None:
 
 def test_a_sound_result_verifies_and_says_what_was_checked(pristine: Path) -> None:
     found, quick = verify_result(pristine / "out.zarr"), verify_result(pristine / "out.zarr", quick=True)
-    assert (found.damaged, found.chunks_checked) == ([], UNITS * len(UNIT_ARRAYS))
-    assert found.bytes_checked == UNITS * ROWS * 14 and quick.bytes_checked == 0
-    assert quick.damaged == []
+    assert (found.damaged, quick.damaged) == ([], [])
+    files = [f for name in (*UNIT_ARRAYS, "done") for f in (pristine / "out.zarr" / name).glob("c.*")]
+    assert found.chunks_checked == len(files) == UNITS * 7
+    assert (found.bytes_checked, quick.bytes_checked) == (sum(f.stat().st_size for f in files), 0)
+
+
+@pytest.mark.usefixtures("unit_by_unit")
+def test_of_an_unfinished_fit_the_units_that_are_done_are_verified(folder: Path) -> None:
+    partial = stop_midway(folder / "s.zarr", folder / "new.zarr")
+    done, _ = progress_of(partial)
+    found = verify_result(partial)
+    assert (found.damaged, found.chunks_checked) == ([], done * 7)
+    flip_bit(unit_file(partial, "b", 0), 77)
+    assert [damage.array for damage in verify_result(partial).damaged] == ["b"]
 
 
 # ---- complete, or not there -------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from cmdgpu.results.contract import Frame
 from cmdgpu.statistics import FIELDS, N_BINS, Totals, UnitStatistics
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
+from cmdgpu.store.scan import ChunkFile
 
 UNIT_ARRAYS: Final = (*fmt.RESULT_ROWS, "segment_stats", "unit_hist")
 """A unit leaves one chunk in each of these."""
@@ -55,6 +57,19 @@ class Ledger:
         zeros = [0] * (len(self._chunks[name][0]) - 1)
         return self.path / name / fmt.chunk_name(unit, *zeros)
 
+    def files(self, unit: int) -> Iterator[ChunkFile]:
+        """The chunk files of a unit, its record last."""
+        for name, (shape, kind, _) in self._chunks.items():
+            yield ChunkFile(self.file(name, unit), math.prod(shape) * kind.itemsize)
+        yield ChunkFile(self.record_file(unit), 32)
+
+    def record_file(self, unit: int) -> Path:
+        return self.path / DONE / fmt.chunk_name(unit, 0)
+
+    def is_begun(self, unit: int) -> bool:
+        """Whether a record is there, sound or not."""
+        return os.path.lexists(self.record_file(unit))
+
     def empty(self, name: str) -> AnyArray:
         """A chunk of fill values."""
         shape, kind, fill = self._chunks[name]
@@ -74,9 +89,7 @@ class Ledger:
         start, stop = self.frame.unit(unit)
         return StoreCorrupt(
             f"rows {start}..{stop - 1} of {name}: {problem}",
-            file=self.file(name, unit)
-            if name in self._chunks
-            else self.path / name / fmt.chunk_name(unit, 0),
+            file=self.file(name, unit) if name in self._chunks else self.record_file(unit),
             tensor=self.frame.map.name_rows(start, stop),
             hint="fit again into a new output; `cmdgpu verify` lists all damage",
         )
@@ -91,12 +104,12 @@ class Ledger:
         found: list[bytes] = []
         for name, (shape, kind, _) in self._chunks.items():
             try:
-                found.append(stored_crc(self.file(name, unit), int(np.prod(shape)) * kind.itemsize))
+                found.append(stored_crc(self.file(name, unit), math.prod(shape) * kind.itemsize))
             except ChunkDamage as damage:
                 raise self.corrupt(name, unit, str(damage)) from damage
         said = np.empty((1, 32), dtype=np.uint8)
         try:
-            read_chunk(self.path / DONE / fmt.chunk_name(unit, 0), said)
+            read_chunk(self.record_file(unit), said)
         except ChunkDamage as damage:
             raise self.corrupt(DONE, unit, str(damage)) from damage
         if not np.array_equal(said, self.record(unit, found)):

@@ -142,7 +142,7 @@ class StoredWriter:
 
     def is_done(self, unit: int) -> bool:
         """A unit counts when its record is whole and every chunk is, byte for byte, what it vouches for."""
-        if not (self._partial / DONE / fmt.chunk_name(unit, 0)).exists():
+        if not self._ledger.is_begun(unit):
             return False
         try:
             for name, kept in zip(UNIT_ARRAYS, self._ledger.crcs(unit), strict=True):

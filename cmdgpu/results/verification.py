@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,23 +10,31 @@ from cmdgpu.progress import Progress, Silent
 from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger
 from cmdgpu.results.opened import open_parts
 from cmdgpu.store import format as fmt
+from cmdgpu.store.chunks import ChunkDamage
+from cmdgpu.store.scan import ChunkFile, scan
 from cmdgpu.store.verification import Damage, Verification
 
 
 def verify_result(path: Path, *, quick: bool = False, progress: Progress | None = None) -> Verification:
-    """Check a result on disk like a trajectory: every record, and in full every byte it vouches for."""
+    """Check a result on disk like a trajectory: every record, and in full every byte it vouches for.
+
+    Of a fit that is still running, the units whose record is there.
+    """
     progress = progress or Silent()
     try:
-        ledger, _, _ = open_parts(path)
+        ledger, _, head = open_parts(path)
     except StoreCorrupt as error:
-        return Verification(0, 0, [Damage(error.file or str(path), "metadata", error.message)])
-    found = Verification(0, 0, list(_document_damage(path)))
-    unit_bytes = ledger.frame.rows * 14
-    progress.begin("verify", unit_bytes * ledger.frame.n_units)
+        return Verification(damaged=[Damage(error.file or str(path), "metadata", error.message)])
+    found = Verification(damaged=list(_document_damage(path)))
+    units = [u for u in range(ledger.frame.n_units) if head["status"] == "complete" or ledger.is_begun(u)]
+    unit_bytes = sum(file.n_bytes + fmt.CRC_BYTES for file in ledger.files(0)) if units else 0
+    progress.begin("verify", unit_bytes * len(units))
+    answers = scan((file for unit in units for file in ledger.files(unit)), quick=quick)
     try:
-        for unit in range(ledger.frame.n_units):
-            found.damaged += _unit_damage(ledger, unit, quick)
-            found.chunks_checked += len(UNIT_ARRAYS)
+        for unit in units:
+            answered = [(file, next(answers)) for file in ledger.files(unit)]
+            found.damaged += _unit_damage(ledger, unit, answered)
+            found.chunks_checked += len(answered)
             found.bytes_checked += 0 if quick else unit_bytes
             progress.advance(unit_bytes)
     finally:
@@ -45,33 +52,20 @@ def _document_damage(path: Path) -> Iterator[Damage]:
             yield Damage(str(file), name, error.message)
 
 
-def _unit_damage(ledger: Ledger, unit: int, quick: bool) -> list[Damage]:
+def _unit_damage(
+    ledger: Ledger, unit: int, answers: list[tuple[ChunkFile, bytes | ChunkDamage]]
+) -> list[Damage]:
+    """Damaged chunks by name; whole ones must be those that the record vouches for."""
     start, stop = ledger.frame.unit(unit)
-    damaged: list[Damage] = []
+    names = ledger.frame.map.name_rows(start, stop)
 
-    def note(error: StoreCorrupt) -> None:
-        file = Path(error.file or os.fspath(ledger.path))
-        tensors = ledger.frame.map.name_rows(start, stop)
-        damaged.append(
-            Damage(
-                str(file),
-                file.parent.name,
-                error.message.rpartition(": ")[2],
-                None,
-                (start, stop - 1),
-                tensors,
-            )
-        )
+    def damage(file: Path, problem: str) -> Damage:
+        return Damage(str(file), file.parent.name, problem, None, (start, stop - 1), names)
 
-    if not quick:
-        for name in UNIT_ARRAYS:
-            try:
-                ledger.read(name, unit)
-            except StoreCorrupt as error:
-                note(error)
+    damaged = [damage(file.path, str(told)) for file, told in answers if isinstance(told, ChunkDamage)]
     if not damaged:
         try:
             ledger.crcs(unit)
         except StoreCorrupt as error:
-            note(error)
+            damaged.append(damage(Path(error.file or ledger.path), error.message.rpartition(": ")[2]))
     return damaged

@@ -369,3 +369,25 @@ def test_a_chunk_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_chunk(file, out, crc32c(values)) == crc32c(values)
     with pytest.raises(ChunkDamage, match="not the chunk that was committed"):
         read_chunk(file, out, b"\0\0\0\0")
+
+
+@pytest.mark.parametrize("name", ["step", "loss", "sketch_row"])
+@pytest.mark.parametrize("file", ["c.0", "zarr.json"])
+def test_damage_to_a_small_array_hides_no_damage_to_a_chunk(sketched: Path, name: str, file: str) -> None:
+    flip_bit(sketched / name / file, 100)
+    flip_bit(chunk(sketched), 100)
+    first, second = verify_store(sketched).damaged
+    assert (first.array, Path(first.file)) == (name, sketched / name / file)
+    assert (second.array, second.step, Path(second.file)) == (fmt.WEIGHTS, STEPS[T], chunk(sketched))
+
+
+def test_every_chunk_is_read_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that end inside, at the end of, and beyond a chunk."""
+    store = build_store(tmp_path / "run.zarr")
+    for piece in (1, 1000, 1024, 4096):
+        monkeypatch.setattr("cmdgpu.store.scan.PIECE", piece)
+        assert verify_store(store).damaged == []
+        for bit in (0, 8 * 1000, 8 * 1023 + 7, 8 * SIZE - 1):
+            flip_bit(chunk(store), bit)
+            assert [Path(damage.file) for damage in verify_store(store).damaged] == [chunk(store)]
+            flip_bit(chunk(store), bit)
