@@ -22,6 +22,7 @@ from cmdgpu.decomposition import CMD
 from cmdgpu.errors import (
     CmdgpuError,
     CmdgpuWarning,
+    DurabilityUnknown,
     NotAStore,
     StoreCorrupt,
     StoreExists,
@@ -759,8 +760,10 @@ def test_a_disk_that_fails_at_any_call_loses_nothing_that_was_there(
         except (CmdgpuError, Died) as error:
             assert isinstance(error, Died) == (fault == "killed"), error
             if fault == "disk":
-                assert isinstance(error, WriteFailed) and error.file is not None, error
-                assert os.strerror(errno.EIO) in str(error) or "disk is full" in str(error), error
+                assert isinstance(error, WriteFailed | DurabilityUnknown) and error.file is not None, error
+                assert isinstance(error, DurabilityUnknown) == out.exists(), error
+                told = str(error) + str(error.__cause__)
+                assert os.strerror(errno.EIO) in told or "disk is full" in told, error
         else:
             assert not disk.fired or fault == "killed", f"call {k} of {calls} failed in silence"
         assert disk.fired

@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     "demo": "train on real digits, record, decompose, rebuild, draw: the whole way in two minutes",
     "inspect": "say what a trajectory or a result holds",
     "verify": "check every byte of a trajectory or a result",
+    "repair": "bring a damaged trajectory back to its last whole snapshot",
     "fit": "decompose a trajectory into modes, out of core",
     "export": "write one step of a trajectory or a result as a file",
     "doctor": "say what this machine can do, and why not more",

@@ -55,11 +55,12 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
             file.flush()
             durable.flush_file(file.fileno())
         durable.rename(temporary, path)
-        durable.flush_directory(path.parent)
     except OSError as error:
-        raise WriteFailed(f"cannot write: {error.strerror}", file=path, hint="free some space") from error
+        found = f"cannot write: {durable.reason_of(error)}"
+        raise WriteFailed(found, file=path, hint="free some space") from error
     finally:
         for leftover in (scratch, temporary):
             with contextlib.suppress(OSError):
                 leftover.unlink()
+    durable.make_name_last(path)
     return Export(path, "pt", len(available), path.stat().st_size, left_out)

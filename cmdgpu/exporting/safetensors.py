@@ -43,5 +43,5 @@ def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export
 
     durable.make_directory(path.parent)
     durable.write_file(path.parent, path.name, parts())
-    durable.flush_directory(path.parent)
+    durable.make_name_last(path)
     return Export(path, "safetensors", len(available), 8 + len(text) + end, left_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,9 @@ def partials_of(out: Path) -> list[Path]:
     pattern = re.compile(re.escape(out.name) + r"\.[0-9a-f]{16}\.partial")
     if not out.parent.is_dir():
         return []
-    return sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+    return sorted(
+        path for path in durable.entries(out.parent) if pattern.fullmatch(path.name) and path.is_dir()
+    )
 
 
 def require_result(out: Path) -> None:
@@ -50,7 +53,7 @@ def require_result(out: Path) -> None:
 def progress_of(partial: Path) -> tuple[int, int]:
     """(units done, units in all) of an unfinished fit."""
     document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
-    done = len(list((partial / DONE).glob("c.*.0")))
+    done = sum(fnmatch(file.name, "c.*.0") for file in durable.entries(partial / DONE))
     return done, int(document["attributes"]["cmdgpu"]["units"]["count"])
 
 
@@ -87,9 +90,16 @@ def open_result(path: Path) -> Result:
         correlation=StoredRows(ledger, "correlation"),
         totals=ledger.totals(modes.n_modes),
         provenance={part: head[part] for part in ("source", "config", "code", "origin")},
-        n_bytes=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+        n_bytes=_stored_bytes(path),
         path=path,
     )
+
+
+def _stored_bytes(path: Path) -> int:
+    """Of all files of a result: the group document and those of its arrays."""
+    here = durable.entries(path)
+    files = [*here, *(file for array in here if array.is_dir() for file in durable.entries(array))]
+    return sum(file.lstat().st_size for file in files if file.is_file())
 
 
 class StoredRows:

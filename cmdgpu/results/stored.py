@@ -39,7 +39,7 @@ def begin_result(
     mine = partial_path(out, provenance.fingerprint)
     for partial in partials_of(out):
         if not resume:
-            shutil.rmtree(partial)
+            durable.remove(durable.set_aside(partial))  # a worker still at it finds it gone, not half gone
         elif partial != mine:
             document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
             difference = provenance.difference(document["attributes"]["cmdgpu"])
@@ -51,6 +51,9 @@ def begin_result(
     try:
         if not mine.exists():
             _create(mine, frame, provenance, make_modes())
+            if out.exists():  # ended by another process while this one sampled: nobody would need ours
+                durable.remove(durable.set_aside(mine))
+                return _same_or_refuse(out, provenance)
         return StoredWriter(out, mine, frame, provenance)
     except CmdgpuError:
         if not out.exists():
@@ -103,13 +106,14 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
             **provenance.to_json(),
         )
         durable.write_file(building, fmt.DOCUMENT, [fmt.encode(fmt.group_document({"cmdgpu": head}))])
-        for directory in (*(p for p in building.iterdir() if p.is_dir()), building):
+        for directory in (*(p for p in durable.entries(building) if p.is_dir()), building):
             durable.flush_directory(directory)
         try:
             durable.publish_directory(building, path)
         except StoreExists:
             if not path.exists():
                 raise
+        durable.flush_directory(path.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -199,6 +203,7 @@ class StoredWriter:
             if not (isinstance(error, StoreExists) or _vanished(error)) or not self._is_mine(self._out):
                 raise
             shutil.rmtree(self._partial, ignore_errors=True)
+        durable.make_name_last(self._out)
         _sweep(self._out)  # what others began meanwhile
         durable.remove_partials(self._out)
         return open_result(self._out)
@@ -227,7 +232,7 @@ class StoredWriter:
 
 def _sweep(path: Path) -> None:
     """Delete what killed and late workers left in the arrays of a result."""
-    for directory in (p for p in path.iterdir() if p.is_dir()):
+    for directory in (p for p in durable.entries(path) if p.is_dir()):
         durable.remove_partials(directory)
 
 

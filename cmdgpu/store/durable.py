@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from cmdgpu.errors import CmdgpuError, StoreExists, StoreLocked, WriteFailed
+from cmdgpu.errors import CmdgpuError, DurabilityUnknown, StoreExists, StoreLocked, WriteFailed
 from cmdgpu.notation import AnyArray
 
 if sys.platform != "win32":
@@ -73,7 +73,7 @@ def write_file(directory: Path, name: str, parts: Iterable[Buffer]) -> None:
         if not isinstance(error, OSError):
             raise
         raise WriteFailed(
-            f"cannot write: {_reason(error)}",
+            f"cannot write: {reason_of(error)}",
             file=directory / name,
             hint="free some space or fix the disk, then run the same command again",
         ) from error
@@ -84,7 +84,7 @@ def _write_all(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     if error.errno == errno.EDQUOT:
@@ -106,11 +106,23 @@ def flush_directory(path: Path) -> None:
         with open_directory(path) as fd:
             os.fsync(fd)
     except OSError as error:
-        raise WriteFailed(f"cannot flush the directory: {_reason(error)}", file=path) from error
+        raise WriteFailed(f"cannot flush the directory: {reason_of(error)}", file=path) from error
 
 
 def rename(old: Path, new: Path) -> None:
     old.rename(new)
+
+
+def make_name_last(path: Path) -> None:
+    """Flush the directory of what was just renamed to ``path``. Raises DurabilityUnknown: it *is* there."""
+    try:
+        flush_directory(path.parent)
+    except WriteFailed as error:
+        raise DurabilityUnknown(
+            "is in its place, but the disk failed before its name was safe",
+            file=path,
+            hint="look at the disk, then whether the file is there and whole",
+        ) from error
 
 
 def set_aside(path: Path) -> Path:
@@ -119,25 +131,32 @@ def set_aside(path: Path) -> Path:
     try:
         rename(path, aside)
     except OSError as error:
-        raise WriteFailed(f"cannot rename: {_reason(error)}", file=path) from error
+        raise WriteFailed(f"cannot rename: {reason_of(error)}", file=path) from error
     return aside
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Give a finished directory its name, once everything inside has been flushed.
+    """Give a finished directory its name, once everything inside has been flushed. The name is *not* flushed.
 
-    Raises StoreExists when something is there already: nothing is ever clobbered (a rename onto a
-    directory that holds anything fails, and an empty one is refused by the check before it).
+    Raises StoreExists when something is there already: nothing is ever clobbered (a rename onto a directory
+    that holds anything fails, and an empty one is refused by the check before it).
     """
     try:
         if final.exists() or final.is_symlink():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         rename(temporary, final)
-        flush_directory(final.parent)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise StoreExists("something is already there", file=final, hint="choose another path") from error
-        raise WriteFailed(f"cannot create: {_reason(error)}", file=final) from error
+        raise WriteFailed(f"cannot create: {reason_of(error)}", file=final) from error
+
+
+def entries(directory: Path) -> list[Path]:
+    """What lies in a directory, by name. Raises CmdgpuError: what cannot be listed is not empty."""
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise CmdgpuError(f"cannot be listed: {reason_of(error)}", file=directory) from error
 
 
 def make_directory(path: Path) -> None:
@@ -146,7 +165,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteFailed(f"cannot create the directory: {_reason(error)}", file=path) from error
+        raise WriteFailed(f"cannot create the directory: {reason_of(error)}", file=path) from error
     for made in missing:
         flush_directory(made.parent)
 
@@ -154,21 +173,19 @@ def make_directory(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file, or a directory with all that is in it. Raises WriteFailed naming it."""
     try:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise WriteFailed(f"cannot delete: {_reason(error)}", file=path) from error
+        raise WriteFailed(f"cannot delete: {reason_of(error)}", file=path) from error
 
 
 def remove_partials(directory: Path) -> None:
     """Delete what a killed writer left unfinished. Only for who holds the lock: others may be writing."""
-    for entry in list(os.scandir(directory)):
-        if not entry.name.endswith(PARTIAL):
-            continue
-        if not entry.is_symlink():
-            remove(Path(entry.path))
+    for path in entries(directory):
+        if path.name.endswith(PARTIAL) and not path.is_symlink():
+            remove(path)
 
 
 class Lock:
@@ -184,7 +201,7 @@ class Lock:
         try:
             self._fd: int | None = os.open(path, flags, 0o644)
         except OSError as error:
-            raise WriteFailed(f"cannot lock: {_reason(error)}", file=path) from error
+            raise WriteFailed(f"cannot lock: {reason_of(error)}", file=path) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -192,7 +209,7 @@ class Lock:
             os.close(self._fd)
             self._fd = None
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise CmdgpuError(f"cannot lock: {_reason(error)}", file=path) from error
+                raise CmdgpuError(f"cannot lock: {reason_of(error)}", file=path) from error
             raise StoreLocked(
                 f"another process is writing here (process {holder or 'unknown'})",
                 file=path.parent.parent,
@@ -204,9 +221,11 @@ class Lock:
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        with contextlib.suppress(OSError):  # the descriptor is gone all the same, and the lock with it
+            os.close(fd)
 
 
 _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()

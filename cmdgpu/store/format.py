@@ -92,6 +92,10 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+CHUNK: Final = re.compile(r"c\.(\d+)\.(\d+)")
+"""Name of a chunk of a two-dimensional array."""
+
+
 def chunk_name(*index: int) -> str:
     return ".".join(["c", *map(str, index)])
 

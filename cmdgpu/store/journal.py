@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -43,7 +43,6 @@ from cmdgpu.store.small import (
 )
 from cmdgpu.store.view import StoreView
 
-_CHUNK = re.compile(r"c\.(\d+)\.(\d+)")
 _WRITERS: Final = 4
 """Chunk files in flight: an fsync waits for the device, not for a core."""
 _LOCK: Final = ".lock"
@@ -100,6 +99,7 @@ class Journal:
             durable.write_file(building, fmt.DOCUMENT, [fmt.encode(group)])
             durable.flush_directory(building)
             durable.publish_directory(building, path)
+            durable.make_name_last(path)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -112,21 +112,25 @@ class Journal:
         Removes what a killed append left beyond the edge. Raises StoreLocked, NotAStore, StoreCorrupt.
         """
         StoreView.open(path)  # refuses what is no store before a lock file is created in it
-        lock = durable.Lock(path / fmt.WEIGHTS / _LOCK)
+        lock = Journal.lock(path)
         try:
-            view = StoreView.open(path)
-            journal = Journal(view, lock)
-            journal._clean_up()
+            journal = Journal(StoreView.open(path), lock)
+            journal.clean_up()
         except BaseException:
             lock.release()
             raise
         return journal
 
+    @staticmethod
+    def lock(path: Path) -> durable.Lock:
+        """Raises StoreLocked when somebody else is writing there."""
+        return durable.Lock(path / fmt.WEIGHTS / _LOCK)
+
     def close(self) -> None:
         self._usable = False
         self._lock.release()
 
-    def _clean_up(self) -> None:
+    def clean_up(self) -> None:
         """Take away what a killed append or rewind left: chunks of index exactly T, unfinished files, scalars
         that were never committed, and what small arrays hold from T on (xarray refuses a ``step`` longer than
         ``weights``).
@@ -135,8 +139,15 @@ class Journal:
         data, so that is StoreCorrupt and nothing is touched.
         """
         edge, path = len(self.view.steps), self.view.path
-        large = [fmt.WEIGHTS] if self.view.sketch_rows is None else [fmt.WEIGHTS, fmt.SKETCH]
-        found = [(m, p) for name in large for p in (path / name).iterdir() if (m := _CHUNK.fullmatch(p.name))]
+        has_sketch = self.view.sketch_rows is not None
+        large = [fmt.WEIGHTS, fmt.SKETCH] if has_sketch else [fmt.WEIGHTS]
+        small = [*self._small_names(), fmt.SKETCH_ROW] if has_sketch else self._small_names()
+        found = [
+            (m, p)
+            for name in large
+            for p in durable.entries(path / name)
+            if (m := fmt.CHUNK.fullmatch(p.name))
+        ]
         if beyond := [p for m, p in found if int(m[2]) > edge]:
             raise StoreCorrupt(
                 f"lies beyond snapshot {edge}: an older {fmt.DOCUMENT} was put back",
@@ -146,10 +157,10 @@ class Journal:
         for match, orphan in found:
             if int(match[2]) == edge:
                 durable.remove(orphan)
-        for directory in list(path.iterdir()):
+        for directory in durable.entries(path):
             if directory.name not in fmt.RESERVED and directory.name not in self.view.scalars:
                 self._discard_uncommitted(directory)
-        for directory in (path, *(path / name for name in (*large, *self._small_names()))):
+        for directory in (path, *(path / name for name in (*large, *small))):
             durable.remove_partials(directory)
         self._trim_small()
 
@@ -246,6 +257,7 @@ class Journal:
             durable.make_directory(building)
             write_series(building, name, values, 0)
             durable.publish_directory(building, directory)
+            durable.flush_directory(self.view.path)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -272,8 +284,7 @@ class Journal:
         head["digests"] = list(digests)
         for name, values in {fmt.STEP: steps, **series}.items():
             head["small"][name] = digest(values)
-        for lost in set(self.view.scalars) - set(series):
-            del head["small"][lost]
+        head["small"] = {n: d for n, d in head["small"].items() if n in fmt.RESERVED or n in series}
         raw = fmt.encode(fmt.seal(document))
         directory = self.view.path / fmt.WEIGHTS
         durable.write_file(directory, fmt.DOCUMENT, [raw])
@@ -315,11 +326,20 @@ class Journal:
     def _drop_last(self) -> None:
         view, t = self.view, len(self.view.steps) - 1
         self._fence()
-        self._clean_up()
+        self.clean_up()
         self._flush_names()
         self._commit(view.steps[:t], view.digests[:t], {n: v[:t] for n, v in view.scalars.items()})
-        self._clean_up()
+        self.clean_up()
         self._flush_names()
+
+    def forget_scalars(self, names: Collection[str]) -> None:
+        """Commit the same snapshots without series that this journal's view was opened ``without``."""
+        view = self.view
+        self._fence()
+        self._commit(view.steps, view.digests, view.scalars)
+        for name in names:
+            if os.path.lexists(view.path / name):
+                durable.remove(durable.set_aside(view.path / name))
 
     def _trim_small(self) -> None:
         """Shorten the shapes, leave the values."""

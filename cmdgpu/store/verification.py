@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from cmdgpu.errors import CmdgpuError, NotAStore, StoreCorrupt
+from cmdgpu.notation import I64
 from cmdgpu.progress import Progress, Silent
+from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage
 from cmdgpu.store.commit import Commit, read_commit
@@ -45,9 +47,6 @@ class Verification:
     damaged: list[Damage] = field(default_factory=list[Damage])
 
 
-Answer: TypeAlias = tuple[ChunkFile, bytes | ChunkDamage]
-
-
 def verify_store(path: Path, *, quick: bool = False, progress: Progress | None = None) -> Verification:
     """Check a trajectory store, in the memory of a few small buffers.
 
@@ -58,27 +57,23 @@ def verify_store(path: Path, *, quick: bool = False, progress: Progress | None =
     its two documents, ``zarr.json`` of the group and of ``weights``, is there nothing to check against.
     Raises NotAStore for a path that never was a store.
     """
-    progress = progress or Silent()
-    listed = sorted((path / fmt.WEIGHTS).glob("c.*.*"))  # before T is read: a recorder may go on meanwhile
     try:
+        read_commit(path)
+        listed = durable.entries(path / fmt.WEIGHTS)  # before T is read: a recorder may go on meanwhile
         commit = read_commit(path)
     except StoreCorrupt as error:
         return Verification(damaged=[_metadata_damage(error, path)])
-    found = Verification(damaged=[*_beyond_the_edge(listed, len(commit.steps)), *_small_damage(commit)])
-    columns = _Columns(commit)
-    progress.begin("verify", columns.n_bytes * len(commit.steps))
-    try:
-        answers = scan((file for t in range(len(commit.steps)) for file in columns.files(t)), quick=quick)
-        for t in range(len(commit.steps)):
-            answered: list[Answer] = []
-            for file in columns.files(t):
-                answered.append((file, next(answers)))
-                progress.advance(file.n_bytes + fmt.CRC_BYTES)
-            found.damaged += columns.judge(t, answered)
-            found.chunks_checked += len(answered)
-            found.bytes_checked += 0 if quick else columns.n_bytes
-    finally:
-        progress.end()
+    found = Verification(damaged=[*beyond_the_edge(listed, len(commit.steps)), *_small_damage(commit)])
+    sketch_rows = None
+    complete = True
+    if commit.has_sketch:
+        try:
+            sketch_rows = read_sketch_rows(commit)
+        except (StoreCorrupt, NotAStore):
+            complete = False  # told already; how long a sketch chunk is nobody knows now
+    columns = Columns(commit, sketch_rows, complete)
+    for _, damaged in columns.verify(found, quick=quick, progress=progress or Silent()):
+        found.damaged += damaged
     return found
 
 
@@ -86,11 +81,11 @@ def _metadata_damage(error: CmdgpuError, path: Path, array: str = "metadata") ->
     return Damage(error.file or str(path), array, error.message)
 
 
-def _beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
+def beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
     """A chunk of index T is a killed append's; one beyond it tells of an older commit file put back."""
     for file in files:
-        last = file.name.rpartition(".")[2]
-        if last.isdigit() and int(last) > edge:
+        match = fmt.CHUNK.fullmatch(file.name)
+        if match and int(match[2]) > edge:
             yield Damage(str(file), fmt.WEIGHTS, f"lies beyond snapshot {edge}: an older commit was put back")
 
 
@@ -108,25 +103,16 @@ def _small_damage(commit: Commit) -> Iterator[Damage]:
             yield _metadata_damage(error, commit.path, name)
 
 
-class _Columns:
-    """The chunk files of a snapshot, and the judgement on them."""
+class Columns:
+    """The chunk files of every snapshot, and the judgement on them."""
 
-    def __init__(self, commit: Commit) -> None:
+    def __init__(self, commit: Commit, sketch_rows: I64 | None, complete: bool = True) -> None:
+        """``complete`` is False when the sketch cannot be looked at: digests then say nothing."""
         self._commit = commit
         itemsize = commit.storage.numpy.itemsize
         self._chunk_bytes = commit.rows * itemsize
-        self._sketch_bytes: int | None = None
-        self._complete = True
-        if commit.has_sketch:
-            try:
-                self._sketch_bytes = len(read_sketch_rows(commit)) * itemsize
-            except (StoreCorrupt, NotAStore):
-                self._complete = False  # told already; how long a sketch chunk is nobody knows now
-
-    @property
-    def n_bytes(self) -> int:
-        """Of a column on disk."""
-        return sum(file.n_bytes + fmt.CRC_BYTES for file in self.files(0))
+        self._sketch_bytes = None if sketch_rows is None else len(sketch_rows) * itemsize
+        self._complete = complete
 
     def files(self, t: int) -> Iterator[ChunkFile]:
         for i in range(self._commit.n_chunks):
@@ -134,7 +120,27 @@ class _Columns:
         if self._sketch_bytes is not None:
             yield ChunkFile(self._commit.sketch_path(t), self._sketch_bytes)
 
-    def judge(self, t: int, answers: list[Answer]) -> list[Damage]:
+    def verify(
+        self, found: Verification, *, quick: bool, progress: Progress
+    ) -> Iterator[tuple[int, list[Damage]]]:
+        """(t, what is wrong with snapshot t) for every snapshot; counts into ``found`` what was looked at."""
+        times = range(len(self._commit.steps))
+        column_bytes = sum(file.n_bytes + fmt.CRC_BYTES for file in self.files(0))
+        progress.begin("verify", column_bytes * len(times))
+        answers = scan((file for t in times for file in self.files(t)), quick=quick)
+        try:
+            for t in times:
+                answered: list[tuple[ChunkFile, bytes | ChunkDamage]] = []
+                for file in self.files(t):
+                    answered.append((file, next(answers)))
+                    progress.advance(file.n_bytes + fmt.CRC_BYTES)
+                found.chunks_checked += len(answered)
+                found.bytes_checked += 0 if quick else column_bytes
+                yield t, self._judge(t, answered)
+        finally:
+            progress.end()
+
+    def _judge(self, t: int, answers: list[tuple[ChunkFile, bytes | ChunkDamage]]) -> list[Damage]:
         """Damaged chunks by name; whole ones must be the ones that were committed."""
         commit, step = self._commit, int(self._commit.steps[t])
         damages: list[Damage] = []

@@ -7,6 +7,7 @@ never change, so this is snapshot isolation for free: a recorder may append mean
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -32,10 +33,11 @@ class StoreView(Commit):
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @staticmethod
-    def open(path: Path) -> StoreView:
+    def open(path: Path, *, without: Collection[str] = ()) -> StoreView:
         """Read and check the metadata and the small arrays.
 
-        Raises NotAStore for a path that is no trajectory of this format, StoreCorrupt for a damaged one.
+        ``without`` names scalars to do without. Raises NotAStore for a path that is no trajectory of this
+        format, StoreCorrupt for a damaged one.
         """
         commit = read_commit(path)
         read_steps(commit)
@@ -45,7 +47,7 @@ class StoreView(Commit):
             check_sketch(commit, len(sketch_rows))
         return StoreView(
             **{part.name: getattr(commit, part.name) for part in fields(Commit)},
-            scalars={name: read_scalar(commit, name) for name in commit.scalar_names},
+            scalars={name: read_scalar(commit, name) for name in commit.scalar_names if name not in without},
             sketch_rows=sketch_rows,
         )
 

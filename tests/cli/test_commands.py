@@ -24,6 +24,7 @@ OPTIONS: dict[str, set[str]] = {
     "demo": {"directory", "device", "seed", "epochs"},
     "inspect": {"path", "tensors"},
     "verify": {"path", "quick"},
+    "repair": {"path", "to", "yes"},
     "fit": {
         *("store", "out", "modes", "threshold", "samples", "sampling", "affinity", "seed", "device"),
         *("memory_limit", "start", "stop", "stride", "steps", "resume"),
