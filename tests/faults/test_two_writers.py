@@ -124,6 +124,7 @@ def read_before_locking() -> None:
 
     def open_early(path: Path) -> Journal:
         view = StoreView.open(path)
+        time.sleep(0.005)  # a machine is not always quick here, and the fault must not need luck to show
         with patch.object(StoreView, "open", staticmethod(lambda path: view)):  # pyright: ignore
             return open_journal(path)
 
