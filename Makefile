@@ -1,7 +1,7 @@
 # make demo   install into .venv and run the built-in example on real data
 # make test   install into .venv with the test tools and run the tests
 # make check  lint, format, types and import contracts
-# make faults  the long sweeps: every system call killed, power cuts, full disks, flipped bits
+# make faults the long sweeps: every system call killed, power cuts, full disks, flipped bits
 # make bench  the CPU benchmark, written to benchmarks/results/
 
 PYTHON ?= python3
@@ -35,6 +35,8 @@ faults: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/storage.py
+	$(BIN)/python benchmarks/render.py
 
 clean:
 	rm -rf .venv build dist cmdgpu-demo

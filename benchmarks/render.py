@@ -1,4 +1,4 @@
-"""Render the table of benchmarks/README.md from the JSON: ``python benchmarks/render.py``."""
+"""Render the tables of benchmarks/README.md from the JSON: ``python benchmarks/render.py``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- rendered from results/cpu.json -->", "<!-- end -->"
+END = "<!-- end -->"
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: one row per case, one column per provider, GB/s and percent of the read rate."""
     records: list[dict[str, Any]] = results["records"]
     providers = list(dict.fromkeys(r["provider"] for r in records))
-    machine = results["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}, torch {machine['torch']}, "
-        f"commit {machine['commit']}",
+        _machine(results),
         "",
         "| case | " + " | ".join(providers) + " | reading memory |",
         "|---" * (len(providers) + 2) + "|",
@@ -34,16 +32,42 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rendered(page: str, results: dict[str, Any]) -> str:
-    before, _, rest = page.partition(BEGIN)
+def storage_table(results: dict[str, Any]) -> str:
+    """Markdown: one row per kind of work and provider, cmdgpu's rate as a part of the provider's."""
+    lines = [_machine(results), "", "| work | provider | rate | cmdgpu's rate is |", "|---|---|---|---|"]
+    for what in dict.fromkeys(r["what"] for r in results["records"]):
+        found: list[dict[str, Any]] = [r for r in results["records"] if r["what"] == what]
+        for r in found:
+            ratio = found[0]["gb_per_s"] / r["gb_per_s"]
+            rate = f"{r['gb_per_s']:.2f} GB/s ({r['slowest_gb_per_s']:.2f} to {r['fastest_gb_per_s']:.2f})"
+            lines.append(f"| {what}, {r['bytes'] / 1e6:.0f} MB | {r['provider']} | {rate} | {ratio:.0%} |")
+    return "\n".join(lines)
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}, torch {machine['torch']}, "
+        f"commit {machine['commit']}"
+    )
+
+
+TABLES = {"cpu": table, "storage": storage_table}
+
+
+def rendered(page: str, name: str, results: dict[str, Any]) -> str:
+    """The page with the table of ``results/<name>.json`` in its place."""
+    begin = f"<!-- rendered from results/{name}.json -->"
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+    return f"{before}{begin}\n{TABLES[name](results)}\n{END}{after}"
 
 
 def main() -> None:
     page = HERE / "README.md"
-    results = json.loads((HERE / "results" / "cpu.json").read_text())
-    page.write_text(rendered(page.read_text(), results))
+    for name in TABLES:
+        results = json.loads((HERE / "results" / f"{name}.json").read_text())
+        page.write_text(rendered(page.read_text(), name, results))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,25 @@ def test_every_provider_gives_the_same_labels_and_a_rate(tmp_path: Path) -> None
         assert record["labels_differ"] <= 2, record
 
 
-def test_the_page_is_rendered_from_the_json() -> None:
+def test_storage_is_measured_beside_plain_files(tmp_path: Path) -> None:
+    from benchmarks import storage
+
+    arguments = ["--tiny", "--runs", "2", "--in", str(tmp_path), "--out", str(tmp_path / "storage.json")]
+    written = storage.main(arguments)
+    records = json.loads(written.read_text())["records"]
+    assert [r["provider"] for r in records].count("cmdgpu") == 2 and len(records) == 6
+    for record in records:
+        assert record["gb_per_s"] > 0 and record["bytes"] >= 4 * 4096
+    assert [file.name for file in tmp_path.iterdir()] == ["storage.json"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "storage"])
+def test_the_page_is_rendered_from_the_json(name: str) -> None:
     from benchmarks import render
 
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert render.rendered(page, results) == page
+    assert render.rendered(page, name, results) == page
     assert str(results["machine"]["cpu"]) in page
 
 
