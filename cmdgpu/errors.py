@@ -62,6 +62,17 @@ class NotAStore(CmdgpuError):
 class StoreCorrupt(CmdgpuError):
     """Bytes on disk are missing, cut, swapped, stale or flipped."""
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: Path | str | None = None,
+        tensor: str | None = None,
+        step: int | None = None,
+        hint: str | None = "`cmdgpu verify` lists all damage and says what to do",
+    ) -> None:
+        super().__init__(message, file=file, tensor=tensor, step=step, hint=hint)
+
 
 class StoreExists(CmdgpuError):
     """Something is already there, and it is not what would be written."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cmdgpu import errors
-from cmdgpu.errors import CmdgpuError, StepNotFound, StoreCorrupt, UsageError, printable
+from cmdgpu.errors import CmdgpuError, StepNotFound, UsageError, WriteFailed, printable
 from cmdgpu.registry import Registry
 
 
@@ -25,7 +25,7 @@ from cmdgpu.registry import Registry
     ],
 )
 def test_an_error_is_one_line_absent_parts_left_out(fields: dict[str, object], line: str) -> None:
-    error = StoreCorrupt("found", **fields)  # pyright: ignore[reportArgumentType]
+    error = WriteFailed("found", **fields)  # pyright: ignore[reportArgumentType]
     assert str(error) == line
     for name in ("file", "tensor", "step", "hint"):
         given = fields.get(name)

@@ -659,7 +659,9 @@ def a_writer(out: Path) -> StoredWriter:
         np.array([[0, 1]], np.float32), np.array([3]), np.array([3]), np.array([0], np.int16),
         np.array([[0, 1]], np.float32), np.empty((0, 4)),
     )  # fmt: skip
-    begun = begin_result(out, frame, Provenance({}, {"n": 1}, {}), lambda: modes, resume=True)
+    source = {"dtype": "float32", "steps": frame.steps.tolist()}
+    provenance = Provenance(source, CMD(1)._config(), {"cmdgpu": "0"})  # pyright: ignore[reportPrivateUsage]
+    begun = begin_result(out, frame, provenance, lambda: modes, resume=True)
     assert isinstance(begun, StoredWriter)
     return begun
 

@@ -9,6 +9,12 @@ import click
 from cmdgpu.cli.outcome import Context, Outcome, command
 from cmdgpu.memory import show_bytes
 
+_REMEDIES = {
+    "trajectory": "put the files back from a copy, or let `cmdgpu repair` say what going back would cost; "
+    "snapshots that are whole stay usable with sel(steps=...)",
+    "result": "put the files back from a copy, or fit again into a new output",
+}
+
 
 @command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
@@ -31,10 +37,15 @@ def run(context: Context, *, path: Path, quick: bool) -> Outcome:
     lines = [f"damaged  {damage}" for damage in found.damaged]
     checked = f"{found.chunks_checked} chunks, {show_bytes(found.bytes_checked)}"
     lines.append(f"{len(found.damaged)} damaged; checked {checked}" if lines else f"sound: {checked} checked")
+    remedy = None
+    if found.damaged:
+        remedy = _REMEDIES[kind]
+        lines.append(remedy)
     payload = {
         "kind": kind,
         "chunks_checked": found.chunks_checked,
         "bytes_checked": found.bytes_checked,
+        "hint": remedy,
         "damaged": [damage.to_json() for damage in found.damaged],
     }
     return Outcome(payload, "\n".join(lines), ok=not found.damaged)

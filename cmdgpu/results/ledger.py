@@ -29,6 +29,25 @@ def statistics_shapes(frame: Frame, n_modes: int) -> tuple[tuple[int, int, int],
     return (max(most, 1), len(FIELDS), 2 + n_modes), (max(n_modes, 1), N_BINS)
 
 
+def unit_documents(frame: Frame, n_modes: int) -> dict[str, fmt.Json]:
+    """Metadata of the arrays that have a chunk per unit, and of the records."""
+    units = frame.n_units
+    stats, hist = statistics_shapes(frame, n_modes)
+    arrays: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, tuple[str, ...], float | int]] = {
+        name: ((frame.n_rows,), (frame.rows,), kind, ("parameter",), fill)
+        for name, (kind, fill) in fmt.RESULT_ROWS.items()
+    }
+    arrays["segment_stats"] = (
+        (units, *stats), (1, *stats), "float64", ("unit", "segment", "field", "class"), float("nan"),
+    )  # fmt: skip
+    arrays["unit_hist"] = ((units, *hist), (1, *hist), "int64", ("unit", "mode", "bin"), -1)
+    arrays[DONE] = ((units, 32), (1, 32), "uint8", ("unit", "byte"), 0)
+    return {
+        name: fmt.array_document(*array, {"cmdgpu": fmt.own("result-array")})
+        for name, array in arrays.items()
+    }
+
+
 def statistics_bytes(frame: Frame, n_modes: int) -> int:
     """Bytes of one unit's statistics."""
     return 8 * sum(math.prod(shape) for shape in statistics_shapes(frame, n_modes))

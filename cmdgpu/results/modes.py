@@ -28,7 +28,7 @@ def read_modes(path: Path, head: Mapping[str, Any]) -> ModeSet:
     arrays: dict[str, AnyArray] = {}
     for name, (kind, dims) in MODE_ARRAYS.items():
         document, _ = fmt.read_document(path / name / fmt.DOCUMENT, "array", "result-array")
-        array = fmt.check_array(document, path / name / fmt.DOCUMENT, dims)
+        array = fmt.check_array(document, path / name / fmt.DOCUMENT, dims, 0)
         if array.zarr_type != kind or array.chunks != tuple(max(size, 1) for size in array.shape):
             raise StoreCorrupt(f"holds {array.zarr_type} in chunks {array.chunks}", file=path / name)
         values = np.empty(array.shape, dtype=np.dtype(kind))

@@ -15,12 +15,12 @@ from cmdgpu.errors import CmdgpuError, NotAStore
 from cmdgpu.indexing import Index, positions
 from cmdgpu.notation import AnyArray
 from cmdgpu.results.contract import Frame, ModeSet, Result
+from cmdgpu.results.head import read_head
 from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest
 from cmdgpu.results.modes import read_modes
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.commit import require_store
-from cmdgpu.store.parameter_map import ParameterMap
 
 
 def partial_path(out: Path, fingerprint: str) -> Path:
@@ -52,20 +52,14 @@ def require_result(out: Path) -> None:
 
 def progress_of(partial: Path) -> tuple[int, int]:
     """(units done, units in all) of an unfinished fit."""
-    document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
+    _, _, frame = read_head(partial)
     done = sum(fnmatch(file.name, "c.*.0") for file in durable.entries(partial / DONE))
-    return done, int(document["attributes"]["cmdgpu"]["units"]["count"])
+    return done, frame.n_units
 
 
 def open_parts(path: Path) -> tuple[Ledger, ModeSet, dict[str, Any]]:
     require_result(path)
-    document, _ = fmt.read_document(path / fmt.DOCUMENT, "group", "result")
-    head = document["attributes"]["cmdgpu"]
-    frame = Frame(
-        ParameterMap.from_json(head["layout"], path / fmt.DOCUMENT),
-        np.array(head["steps"], dtype=np.int64),
-        int(head["units"]["rows"]),
-    )
+    _, head, frame = read_head(path)
     modes = read_modes(path, head)
     ledger = Ledger(path, frame, modes.n_modes, head["fingerprint"], plan_digest(head))
     return ledger, modes, head

@@ -12,7 +12,8 @@ import numpy as np
 
 from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
 from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
-from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest, statistics_shapes
+from cmdgpu.results.head import read_head
+from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest, unit_documents
 from cmdgpu.results.modes import MODE_ARRAYS, read_modes
 from cmdgpu.results.opened import open_result, partial_path, partials_of
 from cmdgpu.statistics import UnitStatistics, summarise
@@ -82,25 +83,20 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
         for name, (kind, dims) in MODE_ARRAYS.items():
             values = np.ascontiguousarray(getattr(modes, name))
             chunks = tuple(max(size, 1) for size in values.shape)
-            _create_array(building, name, values.shape, chunks, kind, dims, 0)
+            attributes = {"cmdgpu": fmt.own("result-array")}
+            document = fmt.array_document(values.shape, chunks, kind, dims, 0, attributes)
+            _create_array(building / name, document)
             if values.size:
                 file = fmt.chunk_name(*[0] * values.ndim)
                 durable.write_file(building / name, file, [durable.bytes_of(values), crc32c(values)])
-        n, units = frame.n_rows, frame.n_units
-        for name, (kind, fill) in fmt.RESULT_ROWS.items():
-            _create_array(building, name, (n,), (frame.rows,), kind, ("parameter",), fill)
-        stats = statistics_shapes(frame, modes.n_modes)
-        _create_array(building, "segment_stats", (units, *stats[0]), (1, *stats[0]), "float64",
-                      ("unit", "segment", "field", "class"), float("nan"))  # fmt: skip
-        _create_array(building, "unit_hist", (units, *stats[1]), (1, *stats[1]), "int64",
-                      ("unit", "mode", "bin"), -1)  # fmt: skip
-        _create_array(building, DONE, (units, 32), (1, 32), "uint8", ("unit", "byte"), 0)
+        for name, document in unit_documents(frame, modes.n_modes).items():
+            _create_array(building / name, document)
         head = fmt.own(
             "result",
             status="incomplete",
             fingerprint=provenance.fingerprint,
             digests=modes.digests(),
-            units={"rows": frame.rows, "count": units},
+            units={"rows": frame.rows, "count": frame.n_units},
             steps=frame.steps.tolist(),
             layout=frame.map.to_json(),
             **provenance.to_json(),
@@ -118,13 +114,9 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _create_array(
-    parent: Path, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], kind: str,
-    dims: tuple[str, ...], fill: float | int,
-) -> None:  # fmt: skip
-    durable.make_directory(parent / name)
-    document = fmt.array_document(shape, chunks, kind, dims, fill, {"cmdgpu": fmt.own("result-array")})
-    durable.write_file(parent / name, fmt.DOCUMENT, [fmt.encode(document)])
+def _create_array(directory: Path, document: fmt.Json) -> None:
+    durable.make_directory(directory)
+    durable.write_file(directory, fmt.DOCUMENT, [fmt.encode(document)])
 
 
 class StoredWriter:
@@ -135,8 +127,7 @@ class StoredWriter:
     """
 
     def __init__(self, out: Path, partial: Path, frame: Frame, provenance: Provenance) -> None:
-        document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
-        head = document["attributes"]["cmdgpu"]
+        document, head, _ = read_head(partial)
         self.modes = read_modes(partial, head)
         self._out = out
         self._partial = partial

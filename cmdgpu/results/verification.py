@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cmdgpu.errors import CmdgpuError, StoreCorrupt
 from cmdgpu.progress import Progress, Silent
-from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger
+from cmdgpu.results.ledger import Ledger, unit_documents
 from cmdgpu.results.opened import open_parts
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage
@@ -22,10 +22,10 @@ def verify_result(path: Path, *, quick: bool = False, progress: Progress | None 
     """
     progress = progress or Silent()
     try:
-        ledger, _, head = open_parts(path)
+        ledger, modes, head = open_parts(path)
     except StoreCorrupt as error:
         return Verification(damaged=[Damage(error.file or str(path), "metadata", error.message)])
-    found = Verification(damaged=list(_document_damage(path)))
+    found = Verification(damaged=list(_document_damage(ledger, modes.n_modes)))
     units = [u for u in range(ledger.frame.n_units) if head["status"] == "complete" or ledger.is_begun(u)]
     unit_bytes = sum(file.n_bytes + fmt.CRC_BYTES for file in ledger.files(0)) if units else 0
     progress.begin("verify", unit_bytes * len(units))
@@ -42,12 +42,16 @@ def verify_result(path: Path, *, quick: bool = False, progress: Progress | None 
     return found
 
 
-def _document_damage(path: Path) -> Iterator[Damage]:
+def _document_damage(ledger: Ledger, n_modes: int) -> Iterator[Damage]:
     """Metadata only other Zarr readers believe: ours knows the shapes of its arrays."""
-    for name in (*UNIT_ARRAYS, DONE):
-        file = path / name / fmt.DOCUMENT
+    for name, expected in unit_documents(ledger.frame, n_modes).items():
+        file = ledger.path / name / fmt.DOCUMENT
+        dims, fill = expected["dimension_names"], expected["fill_value"]
+        fill = float("nan") if fill == "NaN" else fill
         try:
-            fmt.read_document(file, "array", "result-array")
+            document, _ = fmt.read_document(file, "array", "result-array")
+            if fmt.check_array(document, file, dims, fill) != fmt.check_array(expected, file, dims, fill):
+                raise StoreCorrupt("describes another array", file=file)
         except CmdgpuError as error:
             yield Damage(str(file), name, error.message)
 

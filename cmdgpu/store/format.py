@@ -203,7 +203,11 @@ def read_bytes(path: Path, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
 
 
 def parse(raw: bytes, path: Path) -> Json:
-    """JSON with no duplicate keys and no absurd nesting; anything else is StoreCorrupt."""
+    """JSON in UTF-8 with no duplicate keys and no absurd nesting; anything else is StoreCorrupt."""
+    try:
+        text = raw.decode("utf-8")  # json would guess other encodings, in which brackets hide from the count
+    except UnicodeDecodeError as error:
+        raise StoreCorrupt("is no UTF-8", file=path) from error
     depth = 0
     for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw):
         depth += (byte in b"[{") - (byte in b"]}")
@@ -211,7 +215,7 @@ def parse(raw: bytes, path: Path) -> Json:
             raise StoreCorrupt(f"is nested more than {_MAX_DEPTH} levels deep", file=path)
     try:
         document = json.loads(
-            raw, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite
+            text, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite
         )
     except ValueError as error:
         raise StoreCorrupt(f"is no JSON: {error}", file=path) from error
@@ -259,6 +263,8 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
         )
     if not is_sealed(document):
         raise StoreCorrupt("does not match its own digest: damaged, or edited by other hands", file=path)
+    if encode(document) != raw:  # the same numbers in other letters: 1e-05 as 1E-05 is one flipped bit
+        raise StoreCorrupt("is not spelled as it was written: damaged, or edited by other hands", file=path)
     if mine.get("kind") != kind:
         raise NotAStore(f"holds a {mine.get('kind')!r}, not a {kind!r}", file=path.parent)
     if document.get("zarr_format") != 3 or document.get("node_type") != node_type:

@@ -186,7 +186,9 @@ class ParameterMap:
             )
             rows = _count(fields["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreCorrupt(f"its layout cannot be read: {error}", file=path) from error
+            raise StoreCorrupt(
+                f"its layout cannot be read: {printable(str(error), 240)}", file=path
+            ) from error
         if problem := parsed._problem(rows):
             raise StoreCorrupt(f"its layout is inconsistent: {problem}", file=path)
         return parsed
@@ -270,20 +272,20 @@ def _overlap(pieces: Sequence[Piece]) -> bool:
 
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{printable(repr(value))} is no count")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
+        raise ValueError(f"{printable(repr(value))} is no text")
     return value
 
 
 def _tensor(entry: dict[str, Any]) -> TensorEntry:
     kind, dtype = _text(entry["kind"]), _text(entry["dtype"])
     if kind not in ("parameter", "buffer") or dtype not in FLOAT_DTYPES:
-        raise ValueError(f"a {kind} of {dtype}")
+        raise ValueError(f"a {printable(kind)} of {printable(dtype)}")
     shape = tuple(_count(n) for n in entry["shape"])
     pieces: list[Piece] = []
     for p in entry["pieces"]:
@@ -291,6 +293,6 @@ def _tensor(entry: dict[str, Any]) -> TensorEntry:
             tuple(_count(n) for n in p["offset"]), tuple(_count(n) for n in p["size"]), _count(p["row"])
         )
         if not len(piece.offset) == len(piece.size) == len(shape):
-            raise ValueError(f"a piece of {entry['name']!r} has another number of dimensions")
+            raise ValueError(f"a piece of {printable(_text(entry['name']))} has another number of dimensions")
         pieces.append(piece)
     return TensorEntry(_text(entry["name"]), kind, dtype, shape, tuple(pieces))

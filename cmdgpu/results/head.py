@@ -1,0 +1,71 @@
+"""The attributes of a result's group document: believed once every field has the type it was written with."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from cmdgpu.errors import StoreCorrupt
+from cmdgpu.results.contract import Frame
+from cmdgpu.results.modes import MODE_ARRAYS
+from cmdgpu.store import format as fmt
+from cmdgpu.store.parameter_map import ParameterMap
+
+_CONFIG: Final[dict[str, tuple[type, ...]]] = {
+    "n_modes": (int, type(None)),
+    "threshold": (int, float, type(None)),
+    "n_samples": (int,),
+    "sampling": (str,),
+    "affinity": (str,),
+    "random_state": (int,),
+}
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def read_head(path: Path) -> tuple[fmt.Json, dict[str, Any], Frame]:
+    """(document, its ``cmdgpu`` attribute, the frame) of a result. Raises NotAStore, StoreCorrupt."""
+    file = path / fmt.DOCUMENT
+    document, _ = fmt.read_document(file, "group", "result")
+    head: dict[str, Any] = document["attributes"]["cmdgpu"]
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise StoreCorrupt(f"unexpected metadata of a result: {what}", file=file)
+
+    require(head.get("status") in ("incomplete", "complete"), "status")
+    require(_is_hex(head.get("fingerprint")), "fingerprint")
+    digests = fmt.as_dict(head.get("digests")) or {}
+    require(set(digests) == set(MODE_ARRAYS) and all(map(_is_hex, digests.values())), "digests")
+    steps = fmt.as_list(head.get("steps"))
+    require(
+        steps is not None
+        and all(type(step) is int and 0 <= step < 1 << 63 for step in steps)
+        and all(a < b for a, b in itertools.pairwise(steps)),
+        "steps",
+    )
+    units = fmt.as_dict(head.get("units")) or {}
+    rows = units.get("rows")
+    rows = rows if type(rows) is int else 0
+    require(0 < rows <= fmt.MAX_CHUNK_BYTES // 4, "rows of a unit")
+    frame = Frame(ParameterMap.from_json(head.get("layout"), file), np.array(steps, dtype=np.int64), rows)
+    require(units.get("count") == frame.n_units, "number of units")
+    source = fmt.as_dict(head.get("source")) or {}
+    require(source.get("dtype") in fmt.STORAGES and source.get("steps") == steps, "source")
+    require(isinstance(head.get("origin"), str | None), "origin")
+    config = fmt.as_dict(head.get("config")) or {}
+    require(
+        set(config) == set(_CONFIG) and all(type(config[key]) in kinds for key, kinds in _CONFIG.items()),
+        "config",
+    )
+    code = fmt.as_dict(head.get("code")) or {}
+    require(bool(code) and all(isinstance(value, str | None) for value in code.values()), "code")
+    require(isinstance(head.get("metrics"), dict) == (head["status"] == "complete"), "metrics")
+    return document, head, frame
+
+
+def _is_hex(value: object) -> bool:
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None
