@@ -13,7 +13,7 @@ from typing import Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from cmdgpu.errors import CmdgpuError, CmdgpuWarning, NotAStore, StoreExists, UsageError
+from cmdgpu.errors import CmdgpuError, CmdgpuWarning, NotAStore, StoreExists, UnsupportedTensor, UsageError
 from cmdgpu.models import Choice, Patterns, compile_patterns, describe_model
 from cmdgpu.notation import AnyArray
 from cmdgpu.sampling import candidate_rows
@@ -140,7 +140,7 @@ class Recorder:
             )
         parameter_map, tensors = describe_model(model, self._choice)
         journal = self._begin(parameter_map)
-        column = self._copy(parameter_map, tensors)
+        column = self._copy(journal.view.map, tensors)  # by the store's rows: a layout need not be ours
         sketch = None
         if journal.view.sketch_rows is not None:
             sketch = column[journal.view.sketch_rows]
@@ -237,6 +237,14 @@ class Recorder:
             )
         elif parameter_map != self._map:
             self._journal.view.map.require(parameter_map, self.path)
+            for entry in self._journal.view.map:
+                if len(entry.pieces) > 1 or any(piece.size != entry.shape for piece in entry.pieces):
+                    raise UnsupportedTensor(
+                        "is stored in shards, and this recorder writes whole tensors",
+                        file=self.path,
+                        tensor=entry.name,
+                        hint="record into another path",
+                    )
         self._map = parameter_map
         return self._journal
 

@@ -23,6 +23,9 @@ _CONFIG: Final[dict[str, tuple[type, ...]]] = {
     "affinity": (str,),
     "random_state": (int,),
 }
+_MAX_UNITS: Final = 1 << 22
+"""More units than any fit has at its default size: 10^12 rows."""
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,19 +55,33 @@ def read_head(path: Path) -> tuple[fmt.Json, dict[str, Any], Frame]:
     rows = rows if type(rows) is int else 0
     require(0 < rows <= fmt.MAX_CHUNK_BYTES // 4, "rows of a unit")
     frame = Frame(ParameterMap.from_json(head.get("layout"), file), np.array(steps, dtype=np.int64), rows)
-    require(units.get("count") == frame.n_units, "number of units")
+    require(units.get("count") == frame.n_units <= _MAX_UNITS, "number of units")
     source = fmt.as_dict(head.get("source")) or {}
     require(source.get("dtype") in fmt.STORAGES and source.get("steps") == steps, "source")
-    require(isinstance(head.get("origin"), str | None), "origin")
+    require("origin" in head, "origin")
+    origin = head["origin"]
+    require(origin is None or (isinstance(origin, str) and len(origin) <= 4096), "origin")
     config = fmt.as_dict(head.get("config")) or {}
     require(
-        set(config) == set(_CONFIG) and all(type(config[key]) in kinds for key, kinds in _CONFIG.items()),
+        set(config) == set(_CONFIG)
+        and all(type(config[key]) in kinds for key, kinds in _CONFIG.items())
+        and all(_NAME.fullmatch(value) for value in config.values() if isinstance(value, str)),
         "config",
     )
     code = fmt.as_dict(head.get("code")) or {}
     require(bool(code) and all(isinstance(value, str | None) for value in code.values()), "code")
-    require(isinstance(head.get("metrics"), dict) == (head["status"] == "complete"), "metrics")
+    metrics = fmt.as_dict(head.get("metrics"))
+    require((metrics is not None) == (head["status"] == "complete") and _are_numbers(metrics), "metrics")
     return document, head, frame
+
+
+def _are_numbers(value: object) -> bool:
+    """Numbers and nothing, in objects and lists of them: nothing a terminal would act on."""
+    if (inner := fmt.as_dict(value)) is not None:
+        return all(_NAME.fullmatch(key) and _are_numbers(part) for key, part in inner.items())
+    if (parts := fmt.as_list(value)) is not None:
+        return all(map(_are_numbers, parts))
+    return value is None or type(value) in (int, float)
 
 
 def _is_hex(value: object) -> bool:

@@ -11,11 +11,12 @@ from typing import Any, Final
 import numpy as np
 
 from cmdgpu.errors import StoreCorrupt
-from cmdgpu.notation import U8, AnyArray
+from cmdgpu.notation import NON_FINITE, U8, AnyArray
 from cmdgpu.results.contract import Frame
 from cmdgpu.statistics import FIELDS, N_BINS, Totals, UnitStatistics
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
+from cmdgpu.store.commit import own_directory
 from cmdgpu.store.scan import ChunkFile
 
 UNIT_ARRAYS: Final = (*fmt.RESULT_ROWS, "segment_stats", "unit_hist")
@@ -64,6 +65,9 @@ class Ledger:
     def __init__(self, path: Path, frame: Frame, n_modes: int, fingerprint: str, plan: str) -> None:
         self.path = path
         self.frame = frame
+        self._n_modes = n_modes
+        for name in (*UNIT_ARRAYS, DONE):
+            own_directory(path, name)
         self._binding = f"{fingerprint}\n{plan}\n".encode()
         stats, hist = statistics_shapes(frame, n_modes)
         self._chunks: dict[str, tuple[tuple[int, ...], np.dtype[Any], float | int]] = {
@@ -102,7 +106,19 @@ class Ledger:
             read_chunk(self.file(name, unit), out, kept)
         except ChunkDamage as damage:
             raise self.corrupt(name, unit, str(damage)) from damage
+        if name == "mode" and not self._are_modes(unit, out):
+            raise self.corrupt(name, unit, f"names a mode beyond the {self._n_modes} there are")
+        if name == "segment_stats" and not np.isfinite(out).all():
+            raise self.corrupt(name, unit, "holds sums that are no numbers")
         return out
+
+    def _are_modes(self, unit: int, mode: AnyArray) -> bool:
+        """Every row of a tensor has a mode or a sentinel; only holes and padding have none."""
+        start, stop = self.frame.unit(unit)
+        return all(
+            np.all((mode[low:high] >= NON_FINITE) & (mode[low:high] < self._n_modes))
+            for low, high in ((s.start - start, s.stop - start) for s in self.frame.map.segments(start, stop))
+        )
 
     def corrupt(self, name: str, unit: int, problem: str) -> StoreCorrupt:
         start, stop = self.frame.unit(unit)

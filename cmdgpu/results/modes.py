@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -9,10 +10,11 @@ from typing import Any, Final
 import numpy as np
 
 from cmdgpu.errors import StoreCorrupt
-from cmdgpu.notation import AnyArray
+from cmdgpu.notation import MAX_MODES, NON_FINITE, AnyArray
 from cmdgpu.results.contract import ModeSet
 from cmdgpu.store import format as fmt
-from cmdgpu.store.chunks import ChunkDamage, read_chunk
+from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
+from cmdgpu.store.commit import own_directory
 
 MODE_ARRAYS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "references": ("float32", ("mode", "snapshot")),
@@ -24,21 +26,60 @@ MODE_ARRAYS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 
 
-def read_modes(path: Path, head: Mapping[str, Any]) -> ModeSet:
+def read_modes(path: Path, head: Mapping[str, Any], n_rows: int) -> ModeSet:
+    """The small arrays, each against its digest, all against each other. Raises StoreCorrupt."""
     arrays: dict[str, AnyArray] = {}
     for name, (kind, dims) in MODE_ARRAYS.items():
+        own_directory(path, name)
         document, _ = fmt.read_document(path / name / fmt.DOCUMENT, "array", "result-array")
         array = fmt.check_array(document, path / name / fmt.DOCUMENT, dims, 0)
         if array.zarr_type != kind or array.chunks != tuple(max(size, 1) for size in array.shape):
             raise StoreCorrupt(f"holds {array.zarr_type} in chunks {array.chunks}", file=path / name)
-        values = np.empty(array.shape, dtype=np.dtype(kind))
+        n_bytes = math.prod(array.shape) * np.dtype(kind).itemsize
         file = path / name / fmt.chunk_name(*[0] * len(dims))
-        if values.size:
-            try:
+        try:
+            if n_bytes:
+                stored_crc(file, n_bytes)  # memory only for what is there
+            values = np.empty(array.shape if n_bytes else _no_more(array.shape), dtype=np.dtype(kind))
+            if n_bytes:
                 read_chunk(file, values)
-            except ChunkDamage as damage:
-                raise StoreCorrupt(str(damage), file=file) from damage
+        except ChunkDamage as damage:
+            raise StoreCorrupt(str(damage), file=file) from damage
         if fmt.sha256(values.tobytes()) != head["digests"].get(name):
             raise StoreCorrupt("does not hold the values of this fit", file=path / name)
         arrays[name] = values
+    if problem := _disagreement(arrays, len(head["steps"]), n_rows):
+        raise StoreCorrupt(problem, file=path)
     return ModeSet(**arrays)
+
+
+def _no_more(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """2^60 references of no snapshot take no bytes, and are still 2^60 to whoever counts."""
+    if max(shape) > 1 << 32:
+        raise ChunkDamage(f"claims the shape {shape}")
+    return shape
+
+
+def _disagreement(arrays: Mapping[str, AnyArray], n_snapshots: int, n_rows: int) -> str | None:
+    n_modes, n_samples = len(arrays["reference_row"]), len(arrays["sample_row"])
+    shapes = {
+        "references": (n_modes, n_snapshots),
+        "reference_row": (n_modes,),
+        "sample_row": (n_samples,),
+        "sample_mode": (n_samples,),
+        "sample": (n_samples, n_snapshots),
+    }
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            return f"{name} has the shape {arrays[name].shape}, the other arrays say {shape}"
+    n_merges, n_fields = arrays["linkage"].shape
+    if n_fields != 4 or n_merges >= max(n_samples, 1):
+        return f"linkage has the shape {arrays['linkage'].shape} for {n_samples} samples"
+    limits = {"reference_row": n_rows, "sample_row": n_rows, "sample_mode": n_modes}
+    for name, stop in limits.items():
+        least = NON_FINITE if name == "sample_mode" else 0
+        if arrays[name].size and not (arrays[name].min() >= least and arrays[name].max() < stop):
+            return f"{name} points outside of {stop}"
+    if n_modes > MAX_MODES:
+        return f"{n_modes} modes, {MAX_MODES} at most"
+    return None

@@ -60,7 +60,7 @@ def progress_of(partial: Path) -> tuple[int, int]:
 def open_parts(path: Path) -> tuple[Ledger, ModeSet, dict[str, Any]]:
     require_result(path)
     _, head, frame = read_head(path)
-    modes = read_modes(path, head)
+    modes = read_modes(path, head, frame.n_rows)
     ledger = Ledger(path, frame, modes.n_modes, head["fingerprint"], plan_digest(head))
     return ledger, modes, head
 

@@ -42,8 +42,8 @@ def begin_result(
         if not resume:
             durable.remove(durable.set_aside(partial))  # a worker still at it finds it gone, not half gone
         elif partial != mine:
-            document, _ = fmt.read_document(partial / fmt.DOCUMENT, "group", "result")
-            difference = provenance.difference(document["attributes"]["cmdgpu"])
+            _, head, _ = read_head(partial)
+            difference = provenance.difference(head)
             raise StoreExists(
                 f"an unfinished fit with other settings is here ({difference})",
                 file=partial,
@@ -64,12 +64,12 @@ def begin_result(
 
 def _same_or_refuse(out: Path, provenance: Provenance) -> Result:
     try:
-        document, _ = fmt.read_document(out / fmt.DOCUMENT, "group", "result")
+        _, head, _ = read_head(out)
     except CmdgpuError as error:
         raise StoreExists("something else is here", file=out, hint="choose another output") from error
-    if document["attributes"]["cmdgpu"]["fingerprint"] == provenance.fingerprint:
+    if head["fingerprint"] == provenance.fingerprint:
         return open_result(out)
-    difference = provenance.difference(document["attributes"]["cmdgpu"])
+    difference = provenance.difference(head)
     raise StoreExists(
         f"a fit with other settings is here ({difference})", file=out, hint="choose another output"
     )
@@ -128,7 +128,7 @@ class StoredWriter:
 
     def __init__(self, out: Path, partial: Path, frame: Frame, provenance: Provenance) -> None:
         document, head, _ = read_head(partial)
-        self.modes = read_modes(partial, head)
+        self.modes = read_modes(partial, head, frame.n_rows)
         self._out = out
         self._partial = partial
         self._frame = frame
@@ -202,11 +202,10 @@ class StoredWriter:
     def _is_mine(self, path: Path) -> bool:
         """Whether the result of this very fit lies there."""
         try:
-            document, _ = fmt.read_document(path / fmt.DOCUMENT, "group", "result")
+            _, head, _ = read_head(path)
         except CmdgpuError:
             return False
-        mine = self._document["attributes"]["cmdgpu"]["fingerprint"]
-        return document["attributes"]["cmdgpu"]["fingerprint"] == mine
+        return head["fingerprint"] == self._document["attributes"]["cmdgpu"]["fingerprint"]
 
     def _ended_elsewhere(self) -> bool:
         return not self._partial.exists() and self._is_mine(self._out)

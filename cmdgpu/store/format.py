@@ -23,7 +23,7 @@ from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 
-from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError
+from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError, printable
 from cmdgpu.notation import UNWRITTEN, AnyArray
 
 Json: TypeAlias = dict[str, Any]
@@ -266,7 +266,7 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
     if encode(document) != raw:  # the same numbers in other letters: 1e-05 as 1E-05 is one flipped bit
         raise StoreCorrupt("is not spelled as it was written: damaged, or edited by other hands", file=path)
     if mine.get("kind") != kind:
-        raise NotAStore(f"holds a {mine.get('kind')!r}, not a {kind!r}", file=path.parent)
+        raise NotAStore(f"holds a {printable(repr(mine.get('kind')))}, not a {kind!r}", file=path.parent)
     if document.get("zarr_format") != 3 or document.get("node_type") != node_type:
         raise StoreCorrupt(f"is no Zarr v3 {node_type}", file=path)
     return document, raw
