@@ -13,7 +13,15 @@ from typing import Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from cmdgpu.errors import CmdgpuError, CmdgpuWarning, NotAStore, StoreExists, UnsupportedTensor, UsageError
+from cmdgpu.errors import (
+    CmdgpuError,
+    CmdgpuWarning,
+    NotAStore,
+    StoreExists,
+    UnsupportedTensor,
+    UsageError,
+    printable,
+)
 from cmdgpu.models import Choice, Patterns, compile_patterns, describe_model
 from cmdgpu.notation import AnyArray
 from cmdgpu.sampling import candidate_rows
@@ -75,6 +83,8 @@ class Recorder:
             raise UsageError(f"every={every} never records", hint="every is at least 1")
         if buffers not in ("record", "skip"):
             raise UsageError(f"no treatment of buffers named {buffers!r}", hint="have: record, skip")
+        if not (unit.isprintable() and len(unit) <= 64):
+            raise UsageError(f"a unit named {printable(unit)!r}", hint="a word of at most 64 characters")
         fmt.check_rows_per_chunk(rows_per_chunk)
         self.path = Path(path)
         self._every = every

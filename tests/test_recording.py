@@ -761,3 +761,12 @@ def test_killed_at_any_moment_every_acknowledged_snapshot_is_there(path: Path) -
     for step in traj.steps.tolist():
         expected = torch.randn(30, 40, generator=torch.Generator().manual_seed(step))
         assert torch.equal(traj.state_dict(step, params="weight")["weight"], expected), f"step {step}"
+
+
+def test_a_unit_that_no_reader_would_take_is_refused_before_training(tmp_path: Path) -> None:
+    for unit in ("x" * 65, "step\x1b[31m", "a\nb"):
+        with pytest.raises(UsageError, match="a unit named"):
+            Recorder(tmp_path / "run.zarr", unit=unit)
+    with Recorder(tmp_path / "run.zarr", unit="x" * 64) as recorder:
+        recorder.record(net_at(0), 0)
+    assert Trajectory.open(tmp_path / "run.zarr").shape[1] == 1

@@ -16,6 +16,8 @@ from cmdgpu.notation import I64
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
 
+_MAX_CHUNKS = 1 << 22
+"""More chunks than a column has at its default size: 10^12 rows."""
 PARAMETER_BY_SNAPSHOT = ("parameter", "snapshot")
 
 
@@ -93,7 +95,7 @@ def read_commit(path: Path) -> Commit:
     digests, small = fmt.as_list(head.get("digests")), fmt.as_dict(head.get("small"))
 
     def refuse(what: str) -> StoreCorrupt:
-        return StoreCorrupt(what, file=file)
+        return StoreCorrupt(printable(what, 240), file=file)
 
     if not isinstance(dtype, str) or getattr(fmt.STORAGES.get(dtype), "zarr", None) != array.zarr_type:
         raise refuse(f"holds {array.zarr_type} read as {dtype}")
@@ -104,6 +106,11 @@ def read_commit(path: Path) -> Commit:
         raise refuse(
             f"has shape {array.shape} in chunks {array.chunks}, {parameter_map.n_rows} rows expected"
         )
+    if array.shape[0] > array.chunks[0] * _MAX_CHUNKS:
+        raise refuse(f"claims {array.shape[0]} rows in chunks of {array.chunks[0]}")
+    unit = mine.get("unit", "step")
+    if not (isinstance(unit, str) and unit.isprintable() and len(unit) <= 64):
+        raise refuse("has a unit that is no word")
     if (
         steps is None
         or not all(type(step) is int and 0 <= step < 1 << 63 for step in steps)
@@ -122,7 +129,7 @@ def read_commit(path: Path) -> Commit:
         map=parameter_map,
         dtype=dtype,
         rows=array.chunks[0],
-        unit=str(mine.get("unit", "step")),
+        unit=unit,
         layout=str(mine["self"]),
         steps=np.array(steps, dtype=np.int64),
         digests=tuple(str(digest) for digest in digests),

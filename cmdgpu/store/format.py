@@ -202,6 +202,10 @@ def read_bytes(path: Path, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
         os.close(fd)
 
 
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)
+"""A JSON string, or one without an end: so that no quote is looked at twice."""
+
+
 def parse(raw: bytes, path: Path) -> Json:
     """JSON in UTF-8 with no duplicate keys and no absurd nesting; anything else is StoreCorrupt."""
     try:
@@ -209,7 +213,7 @@ def parse(raw: bytes, path: Path) -> Json:
     except UnicodeDecodeError as error:
         raise StoreCorrupt("is no UTF-8", file=path) from error
     depth = 0
-    for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw):
+    for byte in _STRING.sub(b"", raw):
         depth += (byte in b"[{") - (byte in b"]}")
         if depth > _MAX_DEPTH:
             raise StoreCorrupt(f"is nested more than {_MAX_DEPTH} levels deep", file=path)
@@ -255,7 +259,7 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
     if mine is None:
         raise NotAStore("is no store of cmdgpu", file=path.parent)
     version = mine.get("format")
-    if version != FORMAT and isinstance(version, int) and is_sealed(document):
+    if type(version) is int and version != FORMAT and 0 <= version < 1 << 31 and is_sealed(document):
         raise NotAStore(
             f"has format version {version}, this cmdgpu reads version {FORMAT}",
             file=path.parent,
@@ -263,6 +267,8 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
         )
     if not is_sealed(document):
         raise StoreCorrupt("does not match its own digest: damaged, or edited by other hands", file=path)
+    if type(version) is not int or version != FORMAT:
+        raise StoreCorrupt("has no format version", file=path)
     if encode(document) != raw:  # the same numbers in other letters: 1e-05 as 1E-05 is one flipped bit
         raise StoreCorrupt("is not spelled as it was written: damaged, or edited by other hands", file=path)
     if mine.get("kind") != kind:
@@ -309,7 +315,7 @@ def check_array(
     """
 
     def refuse(what: str) -> StoreCorrupt:
-        return StoreCorrupt(f"unexpected array metadata: {what}", file=path)
+        return StoreCorrupt(f"unexpected array metadata: {printable(what, 240)}", file=path)
 
     if unknown := set(document) - _ARRAY_KEYS:
         raise refuse(f"unknown keys {sorted(unknown)}")

@@ -182,7 +182,7 @@ class ParameterMap:
                 tensors=tuple(_tensor(entry) for entry in fields["tensors"]),
                 aliases={_text(k): _text(v) for k, v in fields["aliases"].items()},
                 holes=tuple((_count(a), _count(b)) for a, b in fields["holes"]),
-                skipped=tuple((_text(s["name"]), _text(s["reason"])) for s in fields["skipped"]),
+                skipped=tuple((_text(s["name"]), _line(s["reason"])) for s in fields["skipped"]),
             )
             rows = _count(fields["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -280,6 +280,14 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{printable(repr(value))} is no text")
     return value
+
+
+def _line(value: object) -> str:
+    """A text of ours, unlike a name: nothing a terminal would act on."""
+    text = _text(value)
+    if not text.isprintable() or len(text) > 240:
+        raise ValueError("a reason that is no line")
+    return text
 
 
 def _tensor(entry: dict[str, Any]) -> TensorEntry:
