@@ -7,6 +7,7 @@ speaks of as fields, so that ``--json`` can print them apart.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 
 class CmdgpuError(Exception):
@@ -14,6 +15,9 @@ class CmdgpuError(Exception):
 
     The text reads ``<file>: tensor '<name>' at step <s>: <message>; <hint>``, absent parts left out.
     """
+
+    remedy: ClassVar[str | None] = None
+    """The hint of an error of this kind that has none of its own."""
 
     def __init__(
         self,
@@ -28,7 +32,7 @@ class CmdgpuError(Exception):
         self.file = None if file is None else str(file)
         self.tensor = tensor
         self.step = step
-        self.hint = hint
+        self.hint = self.remedy if hint is None else hint
         super().__init__(self._line())
 
     def _line(self) -> str:
@@ -62,16 +66,7 @@ class NotAStore(CmdgpuError):
 class StoreCorrupt(CmdgpuError):
     """Bytes on disk are missing, cut, swapped, stale or flipped."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        file: Path | str | None = None,
-        tensor: str | None = None,
-        step: int | None = None,
-        hint: str | None = "`cmdgpu verify` lists all damage and says what to do",
-    ) -> None:
-        super().__init__(message, file=file, tensor=tensor, step=step, hint=hint)
+    remedy = "`cmdgpu verify` lists all damage and says what to do"
 
 
 class StoreExists(CmdgpuError):

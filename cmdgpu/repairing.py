@@ -22,7 +22,7 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, crc32c, read_chunk, stored_crc, write_chunk
 from cmdgpu.store.commit import Commit, own_directory, read_commit
 from cmdgpu.store.journal import Journal, nearest_steps
-from cmdgpu.store.verification import Columns, Damage, Verification, beyond_the_edge
+from cmdgpu.store.verification import Columns, Damage, Verification, read_commit_and_edge
 from cmdgpu.store.view import StoreView
 
 
@@ -94,14 +94,12 @@ def plan_repair(path: Path, to: int | None = None, progress: Progress | None = N
     the documents of the group and of ``weights``, with chunks of a newer commit than the one that is there,
     or without a single whole snapshot; StepNotFound for a ``to`` that was not recorded.
     """
-    read_commit(path)
-    listed = durable.entries(path / fmt.WEIGHTS)  # before T is read: a recorder may go on meanwhile
-    commit = read_commit(path)
+    commit, beyond = read_commit_and_edge(path)
     if not len(commit.steps):
         raise UsageError("holds no snapshot yet", file=path, hint="there is nothing to go back to")
-    for beyond in beyond_the_edge(listed, len(commit.steps)):
+    if beyond:
         hint = f"restore the newest {fmt.WEIGHTS}/{fmt.DOCUMENT}"
-        raise StoreCorrupt(beyond.problem, file=beyond.file, hint=hint)
+        raise StoreCorrupt(beyond[0].problem, file=beyond[0].file, hint=hint)
     if to is not None and to not in commit.steps:
         hint = f"nearest recorded: {nearest_steps(commit.steps, to)}"
         raise StepNotFound("is not recorded", file=path, step=to, hint=hint)

@@ -190,6 +190,19 @@ def edit_trajectory(path: Path, edit: Callable[[Any], object]) -> None:
 # ---- models -------------------------------------------------------------------------------------------
 
 
+class Weights(nn.Module):
+    """The model of ``LAYOUT``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.fc = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+        self.norm = nn.BatchNorm1d(30, affine=False)
+        self.norm.running_var = None
+
+
 class Net(nn.Module):
     """Tied, frozen, empty, 0-dim, transposed and half-precision tensors, buffers kept and not kept."""
 

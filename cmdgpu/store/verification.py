@@ -58,12 +58,10 @@ def verify_store(path: Path, *, quick: bool = False, progress: Progress | None =
     Raises NotAStore for a path that never was a store.
     """
     try:
-        read_commit(path)
-        listed = durable.entries(path / fmt.WEIGHTS)  # before T is read: a recorder may go on meanwhile
-        commit = read_commit(path)
+        commit, beyond = read_commit_and_edge(path)
     except StoreCorrupt as error:
         return Verification(damaged=[_metadata_damage(error, path)])
-    found = Verification(damaged=[*beyond_the_edge(listed, len(commit.steps)), *_small_damage(commit)])
+    found = Verification(damaged=[*beyond, *_small_damage(commit)])
     sketch_rows = None
     complete = True
     if commit.has_sketch:
@@ -81,7 +79,15 @@ def _metadata_damage(error: CmdgpuError, path: Path, array: str = "metadata") ->
     return Damage(error.file or str(path), array, error.message)
 
 
-def beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
+def read_commit_and_edge(path: Path) -> tuple[Commit, list[Damage]]:
+    """The commit, and the chunks that lie beyond it. Raises NotAStore, StoreCorrupt."""
+    read_commit(path)  # refuses what is no store, or a link, before anything is listed
+    listed = durable.entries(path / fmt.WEIGHTS)  # before T is read: a recorder may go on meanwhile
+    commit = read_commit(path)
+    return commit, list(_beyond_the_edge(listed, len(commit.steps)))
+
+
+def _beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
     """A chunk of index T is a killed append's; one beyond it tells of an older commit file put back."""
     for file in files:
         match = fmt.CHUNK.fullmatch(file.name)

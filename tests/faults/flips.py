@@ -36,7 +36,7 @@ from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.verification import Verification, verify_store
 from cmdgpu.store.view import StoreView
 from cmdgpu.trajectory import Trajectory
-from tests.verbs import N_CHUNKS, ROWS, append, build_store, create_store
+from tests.verbs import N_CHUNKS, ROWS, Weights, append, build_store, create_store
 
 STEPS: Final = (0, 10, 25, 40)
 Door: TypeAlias = Callable[[Path], bytes]
@@ -44,19 +44,6 @@ Verify: TypeAlias = Callable[..., Verification]
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------
-
-
-class Weights(nn.Module):
-    """The model of the layout of ``verbs``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 16)
-        self.fc = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 20, bias=False)
-        self.head.weight = self.embed.weight
-        self.norm = nn.BatchNorm1d(30, affine=False)
-        self.norm.running_var = None
 
 
 _MODEL: Final = Weights()

@@ -36,7 +36,7 @@ from cmdgpu.results.ledger import Ledger, plan_digest
 from cmdgpu.results.opened import open_parts
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import crc32c
-from tests.verbs import ROWS, STEPS, N, edit_document, edit_trajectory
+from tests.verbs import ROWS, STEPS, N, Weights, edit_document, edit_trajectory
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 MORE_SPACE: Final = 768 << 20
@@ -749,7 +749,6 @@ def _fit(path: Path, out: Path) -> None:
 
 def _record(path: Path, out: Path) -> None:
     from cmdgpu.recording import Recorder
-    from tests.faults.flips import Weights
 
     del out
     with Recorder(path) as recorder:
@@ -1084,8 +1083,6 @@ def _warm_up() -> None:
     """Once through every door of sound stores: what they import is imported before anybody watches."""
     import tempfile
 
-    from tests.faults import flips
-
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         base = make_bases(Path(folder))
         for name, doors in (("run.zarr", TRAJECTORY_DOORS), ("out.zarr", RESULT_DOORS)):
@@ -1096,7 +1093,7 @@ def _warm_up() -> None:
                     with contextlib.suppress(CmdgpuError):
                         through(base / name, out)
         _record(base / "run.zarr", base)
-        flips.Weights()
+        Weights()
 
 
 def make_bases(folder: Path) -> Path:

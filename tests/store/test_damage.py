@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch import nn
 
 from cmdgpu.errors import StoreCorrupt
 from cmdgpu.sampling import draw_sample
@@ -23,6 +22,7 @@ from tests.verbs import (
     ROWS,
     STEPS,
     N,
+    Weights,
     append,
     build_store,
     check_store_holds,
@@ -105,19 +105,6 @@ FLIPPED: dict[str, Callable[[Path], object]] = {
 }
 """Seen when the chunk itself is read."""
 DAMAGE = ABSENT | FOREIGN | FLIPPED
-
-
-class Weights(nn.Module):
-    """The model of the layout of ``verbs``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 16)
-        self.fc = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 20, bias=False)
-        self.head.weight = self.embed.weight
-        self.norm = nn.BatchNorm1d(30, affine=False)
-        self.norm.running_var = None
 
 
 def fill_slot(traj: Trajectory) -> None:
