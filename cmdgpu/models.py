@@ -123,6 +123,8 @@ def _require_supported(name: str, tensor: Tensor) -> None:
         hint = hint if tensor.is_complex() else "leave it out with exclude="
     elif tensor.layout != torch.strided:
         found, hint = f"a tensor of layout {tensor.layout}", "leave it out with exclude="
+    elif name.encode(errors="ignore").decode() != name:  # no file format could hold it
+        found, hint = "a tensor with half a surrogate in its name", "rename it"
     else:
         return
     raise UnsupportedTensor(f"{found} cannot be recorded", tensor=name, hint=hint)

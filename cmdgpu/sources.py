@@ -56,6 +56,13 @@ class Source(Protocol):
         """Memory that ``READS_IN_FLIGHT`` tasks need beside the slot."""
         ...
 
+    def require(self, columns: I64) -> None:
+        """Raises StoreCorrupt unless everything of these snapshots is there, in its size.
+
+        To be asked before memory is taken by the numbers of a source that is a file.
+        """
+        ...
+
     def read_rows(self, rows: I64, columns: I64) -> AnyArray:
         """(len(rows), len(columns)) stored values of any rows."""
         ...
@@ -102,8 +109,13 @@ class StoreSource:
         del n_columns
         return 0
 
+    def require(self, columns: I64) -> None:
+        for t in columns.tolist():
+            self.view.crcs(t)
+
     def read_rows(self, rows: I64, columns: I64) -> AnyArray:
         """From the sketch when it holds them all, otherwise from every chunk that holds one of them."""
+        self.require(columns)
         out = np.empty((len(rows), len(columns)), dtype=self.view.storage.numpy)
         if self.in_sketch(rows):
             assert self.view.sketch_rows is not None
@@ -196,6 +208,9 @@ class ArraySource:
         plain = type(self._W_nt).__module__ == "numpy" and self._W_nt.dtype == stored
         slab = 0 if plain else self._shape[1] * 8
         return READS_IN_FLIGHT * _SLAB_ROWS * (slab + n_columns * stored.itemsize)
+
+    def require(self, columns: I64) -> None:
+        del columns
 
     def read_rows(self, rows: I64, columns: I64) -> AnyArray:
         out = np.empty((len(rows), len(columns)), dtype=fmt.storage(self.dtype).numpy)

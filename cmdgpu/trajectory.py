@@ -284,6 +284,7 @@ class SnapshotReader:
     def __init__(self, source: Source, t: int) -> None:
         self._source = source
         self._columns = np.array([t], dtype=np.int64)
+        source.require(self._columns)
         self._slot = np.empty((1, source.rows), dtype=fmt.storage(source.dtype).numpy)
         self._unit = -1
 

@@ -192,6 +192,18 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(traj: Trajectory
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_tensor_named_like_the_metadata_of_safetensors_goes_to_pt_only(tmp_path: Path) -> None:
+    model = nn.ParameterDict({"__metadata__": nn.Parameter(torch.ones(3))})
+    with Recorder(tmp_path / "run.zarr") as recorder:
+        recorder.record(model, 0)
+    found = Trajectory.open(tmp_path / "run.zarr")
+    with pytest.raises(UsageError, match=r"'__metadata__'.*export to \.pt"):
+        found.export(tmp_path / "x.safetensors", 0)
+    found.export(tmp_path / "x.pt", 0)
+    check_same_bits(torch.load(tmp_path / "x.pt", weights_only=True), float_tensors(model))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.parametrize("kind", list(FORMATS))
 def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
     traj: Trajectory, tmp_path: Path, kind: str

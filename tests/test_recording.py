@@ -303,6 +303,13 @@ def test_a_tensor_without_a_place_is_refused_by_name_before_anything_is_created(
         assert recorder.record(model, 0)
 
 
+def test_a_name_that_no_file_format_holds_is_refused(path: Path) -> None:
+    model = nn.ParameterDict({"half \ud800": nn.Parameter(torch.ones(3))})
+    with Recorder(path) as recorder, pytest.raises(UnsupportedTensor, match="half a surrogate"):
+        recorder.record(model, 0)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     "options", [{"include": "nothing"}, {"exclude": "."}, {"include": "empty"}], ids=repr
 )

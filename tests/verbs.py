@@ -173,7 +173,7 @@ def edit_document(file: Path, edit: Callable[[Any], object], *, sealed: bool = T
     edit(document)
     if sealed:
         document = fmt.seal(document)
-    file.write_bytes(fmt.encode(document))
+    file.write_bytes(fmt.spell(document))
 
 
 def edit_trajectory(path: Path, edit: Callable[[Any], object]) -> None:

@@ -9,20 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from cmdgpu.errors import UsageError
 from cmdgpu.exporting.contract import Export, sources
 from cmdgpu.store import durable
 from cmdgpu.store.parameter_map import ParameterMap
 from cmdgpu.tensors import Snapshot, flat_blocks, raw_bytes, torch_dtype
 
+_METADATA: Final = "__metadata__"
 _TYPES: Final = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write(path: Path, parameter_map: ParameterMap, snapshot: Snapshot) -> Export:
     """Tied weights are written once; their other names stand in the metadata under ``aliases``."""
     available, left_out = sources(parameter_map, snapshot)
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", "aliases": json.dumps(dict(parameter_map.aliases))}
-    }
+    if any(entry.name == _METADATA for entry, _ in available):
+        raise UsageError(
+            "safetensors has no room for a tensor of this name", tensor=_METADATA, hint="export to .pt"
+        )
+    header: dict[str, Any] = {_METADATA: {"format": "pt", "aliases": json.dumps(dict(parameter_map.aliases))}}
     end = 0
     for entry, _ in available:
         start, end = end, end + entry.n_rows * torch_dtype(entry).itemsize

@@ -72,9 +72,9 @@ def _disagreement(arrays: Mapping[str, AnyArray], n_snapshots: int, n_rows: int)
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             return f"{name} has the shape {arrays[name].shape}, the other arrays say {shape}"
-    n_merges, n_fields = arrays["linkage"].shape
-    if n_fields != 4 or n_merges >= max(n_samples, 1):
-        return f"linkage has the shape {arrays['linkage'].shape} for {n_samples} samples"
+    n_clustered = int((arrays["sample_mode"] >= 0).sum())
+    if arrays["linkage"].shape != (max(n_clustered - 1, 0), 4):
+        return f"linkage has the shape {arrays['linkage'].shape} for {n_clustered} clustered rows"
     limits = {"reference_row": n_rows, "sample_row": n_rows, "sample_mode": n_modes}
     for name, stop in limits.items():
         least = NON_FINITE if name == "sample_mode" else 0

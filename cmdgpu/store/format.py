@@ -46,7 +46,9 @@ SMALL_CHUNK: Final = 1024
 """Snapshots per chunk of the small arrays beside ``weights``."""
 CRC_BYTES: Final = 4
 MAX_CHUNK_BYTES: Final = 1 << 30
-_MAX_DOCUMENT_BYTES: Final = 64 << 20
+_MAX_DOCUMENT_BYTES: Final = 32 << 20
+_MAX_VALUES: Final = 1 << 21
+"""Commas and colons of a document: what it costs in memory goes by their number."""
 _MAX_DEPTH: Final = 32
 
 
@@ -171,13 +173,27 @@ def seal(document: Json) -> Json:
 
 
 def is_sealed(document: Json) -> bool:
-    bare = copy.deepcopy(document)
-    said = bare["attributes"]["cmdgpu"].pop("self", None)
-    return said == "sha256:" + sha256(canonical(bare))
+    attributes = document["attributes"]
+    mine = dict(attributes["cmdgpu"])
+    said = mine.pop("self", None)
+    return said == "sha256:" + sha256(canonical({**document, "attributes": {**attributes, "cmdgpu": mine}}))
+
+
+def spell(document: Json) -> bytes:
+    """The document as it lies on disk."""
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def encode(document: Json) -> bytes:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+    """A document that is to be written. Raises UsageError for one that would not be read back."""
+    raw = spell(document)
+    values = raw.count(b",") + raw.count(b":")
+    if len(raw) > _MAX_DOCUMENT_BYTES or values > _MAX_VALUES:
+        raise UsageError(
+            f"metadata of {len(raw)} bytes, {values} values: {_MAX_DOCUMENT_BYTES}, {_MAX_VALUES} at most",
+            hint="spread the snapshots, or the tensors, over several stores",
+        )
+    return raw
 
 
 # ---- reading documents back -----------------------------------------------------------------------------
@@ -202,21 +218,34 @@ def read_bytes(path: Path, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
         os.close(fd)
 
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)
-"""A JSON string, or one without an end: so that no quote is looked at twice."""
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[{\]},:]', re.DOTALL)
+"""What gives a document its shape; a string, or one without an end, whole: nothing inside it counts."""
 
 
 def parse(raw: bytes, path: Path) -> Json:
-    """JSON in UTF-8 with no duplicate keys and no absurd nesting; anything else is StoreCorrupt."""
+    """JSON in ASCII with no duplicate keys, no absurd nesting, no absurd number of values.
+
+    Anything else is StoreCorrupt, before it costs more memory than a few times its size.
+    """
     try:
-        text = raw.decode("utf-8")  # json would guess other encodings, in which brackets hide from the count
+        text = raw.decode("ascii")  # json would guess other encodings, in which brackets hide from the count
     except UnicodeDecodeError as error:
-        raise StoreCorrupt("is no UTF-8", file=path) from error
-    depth = 0
-    for byte in _STRING.sub(b"", raw):
-        depth += (byte in b"[{") - (byte in b"]}")
+        raise StoreCorrupt("is no ASCII", file=path) from error
+    depth = values = 0
+    for found in _STRUCTURE.finditer(raw):
+        match found[0]:
+            case b"[" | b"{":
+                depth += 1
+            case b"]" | b"}":
+                depth -= 1
+            case b"," | b":":
+                values += 1
+            case _:
+                continue
         if depth > _MAX_DEPTH:
             raise StoreCorrupt(f"is nested more than {_MAX_DEPTH} levels deep", file=path)
+        if values > _MAX_VALUES:
+            raise StoreCorrupt(f"holds more than {_MAX_VALUES} values", file=path)
     try:
         document = json.loads(
             text, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite
@@ -269,7 +298,7 @@ def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
         raise StoreCorrupt("does not match its own digest: damaged, or edited by other hands", file=path)
     if type(version) is not int or version != FORMAT:
         raise StoreCorrupt("has no format version", file=path)
-    if encode(document) != raw:  # the same numbers in other letters: 1e-05 as 1E-05 is one flipped bit
+    if spell(document) != raw:  # the same numbers in other letters: 1e-05 as 1E-05 is one flipped bit
         raise StoreCorrupt("is not spelled as it was written: damaged, or edited by other hands", file=path)
     if mine.get("kind") != kind:
         raise NotAStore(f"holds a {printable(repr(mine.get('kind')))}, not a {kind!r}", file=path.parent)

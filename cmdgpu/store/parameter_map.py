@@ -8,7 +8,9 @@ row ranges that belong to no tensor. Names are labels: no path is ever built fro
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +23,10 @@ Kind: TypeAlias = Literal["parameter", "buffer"]
 
 FLOAT_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 """Element types of tensors that have rows. float64 is rounded to the store's type."""
+MAX_AXES: Final = 64
+"""Axes a tensor of PyTorch can have."""
+_MAX_CUT_AXES: Final = 8
+"""Axes along which a tensor may be cut: what shards one is cut along two or three."""
 
 
 @dataclass(frozen=True)
@@ -202,12 +208,8 @@ class ParameterMap:
         for tensor in self.tensors:
             if sum(piece.n_rows for piece in tensor.pieces) != tensor.n_rows:
                 return f"the pieces of {printable(tensor.name)} are not the tensor"
-            for p in tensor.pieces:
-                inside = all(o + s <= d for o, s, d in zip(p.offset, p.size, tensor.shape, strict=True))
-                if not inside:
-                    return f"a piece of {printable(tensor.name)} lies outside of it"
-            if _overlap(tensor.pieces):
-                return f"two pieces of {printable(tensor.name)} overlap"
+            if not tile(tensor.pieces, tensor.shape):
+                return f"the pieces of {printable(tensor.name)} overlap, or lie outside of it"
         reached = 0
         for start, stop in sorted([(a, b) for a, b, _ in self.spans] + list(self.holes)):
             if start != reached or stop < start:
@@ -257,17 +259,23 @@ def whole(names: Sequence[tuple[str, Kind, str, tuple[int, ...]]]) -> tuple[Tens
     return tuple(entries)
 
 
-def _overlap(pieces: Sequence[Piece]) -> bool:
-    """Whether two boxes share an element; along the first axis only neighbours can."""
-    ordered = sorted((p for p in pieces if p.n_rows), key=lambda p: p.offset)
-    for i, a in enumerate(ordered):
-        for b in ordered[i + 1 :]:
-            if b.offset[0] >= a.offset[0] + a.size[0]:
-                break
-            axes = zip(a.offset, a.size, b.offset, b.size, strict=True)
-            if all(at < other + n and other < at + size for at, size, other, n in axes):
-                return True
-    return False
+def tile(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
+    """Whether the boxes cover a tensor of that shape, every element once.
+
+    Only then do their corners, signed as in the mixed derivative of what they cover, leave those of the
+    tensor alone: linear in the number of pieces. Axes that no piece is cut along do not matter.
+    """
+    boxes = [(p.offset, p.size) for p in pieces if p.n_rows]
+    origin = (0,) * len(shape)
+    cut = [k for k in range(len(shape)) if any(o[k] or s[k] != shape[k] for o, s in boxes)]
+    if not boxes or len(cut) > _MAX_CUT_AXES:
+        return not boxes and math.prod(shape) == 0
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, offset, size in [(1, *box) for box in boxes] + [(-1, origin, shape)]:
+        for far in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(offset[k] + far[i] * size[k] for i, k in enumerate(cut))
+            corners[corner] += -sign if sum(far) % 2 else sign
+    return not any(corners.values())
 
 
 def _count(value: object) -> int:
@@ -279,6 +287,7 @@ def _count(value: object) -> int:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{printable(repr(value))} is no text")
+    value.encode()  # half a surrogate is a ValueError: no other format can hold such a name
     return value
 
 
@@ -295,6 +304,8 @@ def _tensor(entry: dict[str, Any]) -> TensorEntry:
     if kind not in ("parameter", "buffer") or dtype not in FLOAT_DTYPES:
         raise ValueError(f"a {printable(kind)} of {printable(dtype)}")
     shape = tuple(_count(n) for n in entry["shape"])
+    if len(shape) > MAX_AXES or math.prod(max(n, 1) for n in shape) >= 1 << 62:
+        raise ValueError(f"no tensor has the {len(shape)} axes {printable(repr(shape))}")
     pieces: list[Piece] = []
     for p in entry["pieces"]:
         piece = Piece(

@@ -42,8 +42,9 @@ def read_small(path: Path, name: str, length: int | None, wanted_digest: object)
     dims = ("sample",) if name == fmt.SKETCH_ROW else ("snapshot",)
     kind, fill = small_type(name)
     array = fmt.check_array(document, directory / fmt.DOCUMENT, dims, fill)
-    if array.zarr_type != kind:
-        raise StoreCorrupt(f"holds {array.zarr_type}", file=directory / fmt.DOCUMENT)
+    expected = max(array.shape[0], 1) if name == fmt.SKETCH_ROW else fmt.SMALL_CHUNK
+    if array.zarr_type != kind or array.chunks != (expected,):
+        raise StoreCorrupt(f"holds {array.zarr_type} in chunks {array.chunks}", file=directory / fmt.DOCUMENT)
     wanted = array.shape[0] if length is None else length
     if array.shape[0] < wanted:
         raise StoreCorrupt(f"holds {array.shape[0]} values, {wanted} committed", file=directory)
@@ -95,6 +96,8 @@ def check_sketch(commit: Commit, n_candidates: int) -> None:
             f"{len(commit.steps)} of {commit.storage.zarr} committed",
             file=directory,
         )
+    if array.chunks != (max(n_candidates, 1), 1):
+        raise StoreCorrupt(f"is cut into chunks {array.chunks}", file=directory / fmt.DOCUMENT)
     if array.shape[0] != n_candidates:
         raise StoreCorrupt(
             f"holds {array.shape[0]} samples, {n_candidates} are in {fmt.SKETCH_ROW}", file=directory

@@ -13,7 +13,7 @@ from cmdgpu.progress import Progress, Silent
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage
-from cmdgpu.store.commit import Commit, read_commit
+from cmdgpu.store.commit import Commit, own_directory, read_commit
 from cmdgpu.store.scan import ChunkFile, scan
 from cmdgpu.store.small import check_sketch, read_scalar, read_sketch_rows, read_steps
 
@@ -66,6 +66,7 @@ def verify_store(path: Path, *, quick: bool = False, progress: Progress | None =
     complete = True
     if commit.has_sketch:
         try:
+            own_directory(commit.path, fmt.SKETCH)
             sketch_rows = read_sketch_rows(commit)
         except (StoreCorrupt, NotAStore):
             complete = False  # told already; how long a sketch chunk is nobody knows now

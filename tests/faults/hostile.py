@@ -999,15 +999,14 @@ def _open_anything(path: Path, n_bytes: int) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _crc_of_nothing(path: Path, n_bytes: int) -> bytes:
-    del path, n_bytes
-    return b""
+def _believe(source: object, columns: object) -> None:
+    del source, columns
 
 
 MUTANTS: Final[dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
     "T: documents of any type": lambda: patch.object(fmt, "read_bytes", _read_anything),
     "T: chunks of any type": lambda: patch("cmdgpu.store.chunks._open", _open_anything),
-    "U: memory from metadata": lambda: patch("cmdgpu.store.small.stored_crc", _crc_of_nothing),
+    "U: memory from metadata": lambda: patch("cmdgpu.sources.StoreSource.require", _believe),
 }
 
 

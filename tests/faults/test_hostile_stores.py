@@ -75,30 +75,10 @@ def test_a_sound_store_passes_every_door_under_these_limits(
     assert {door: found.kind for door, found in seen.items() if found.kind != "ok"} == {}
 
 
-OPEN: Final = (
-    "10^12 rows in the largest chunks",
-    "a chunk of a gigabyte for a few rows",
-    "20,000 pieces side by side",
-    "an empty tensor of absurd shape",
-    "an empty tensor of 10,000 axes",
-    "a tensor named by half a surrogate",
-    "a tensor with the name of the metadata of safetensors",
-    "a chunk of steps of a gigabyte that is there",
-    "a link out of the store as sketch",
-    "a linkage of five merges",
-)
-"""Forgeries that some door still takes too long for, or meets with an error that is not ours."""
-
-
 def _some(cases: dict[str, Case]) -> list[Any]:
     """Of what can lie in the place of a file the FIFO and the link stand for all in the default run."""
     rest = ("a device as", "a link to a device as", "a link to itself as")
-    still_open = pytest.mark.xfail(strict=True, reason="not refused in one line by every door yet")
-    found: list[Any] = []
-    for name in cases:
-        marks = [pytest.mark.long] if name.startswith(rest) else []
-        found.append(pytest.param(name, marks=[pytest.mark.long, still_open] if name in OPEN else marks))
-    return found
+    return [pytest.param(name, marks=[pytest.mark.long] if name.startswith(rest) else []) for name in cases]
 
 
 @pytest.mark.parametrize("name", _some(TRAJECTORIES))
@@ -151,7 +131,7 @@ MUTANTS: Final = (
     ("T: documents of any type", "a link out of the store as zarr.json", "outside"),
     ("T: chunks of any type", "a FIFO as weights/c.1.2", "hang"),
     ("T: chunks of any type", "a link out of the store as step/c.0", "outside"),
-    ("U: memory from metadata", "a chunk of steps of a gigabyte", "MemoryError"),
+    ("U: memory from metadata", "a chunk of a gigabyte for a few rows", "MemoryError"),
 )
 """The wrong step, a store of the corpus, and what it must be seen by."""
 

@@ -620,3 +620,12 @@ def test_a_sealed_document_survives_its_own_encoding(value: Any) -> None:
     assert fmt.is_sealed(fmt.parse(fmt.encode(sealed), Path("zarr.json")))
     sealed["attributes"]["more"] = 1
     assert not fmt.is_sealed(sealed)
+
+
+def test_a_document_that_would_not_be_read_back_is_not_written() -> None:
+    with pytest.raises(UsageError, match="several stores"):
+        fmt.encode({"a": "x" * (32 << 20)})
+    with pytest.raises(UsageError, match="several stores"):
+        fmt.encode({"a": [1] * ((1 << 21) + 1)})
+    largest = fmt.encode({"a": [1] * (1 << 21)})
+    assert len(fmt.parse(largest, Path("zarr.json"))["a"]) == 1 << 21

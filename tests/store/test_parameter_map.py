@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cmdgpu.errors import CmdgpuError, ModelMismatch
+from cmdgpu.store import parameter_map
 from cmdgpu.store.parameter_map import ParameterMap, Piece, TensorEntry, whole
 from tests.strategies import layouts
 from tests.verbs import LAYOUT, N
@@ -148,3 +151,57 @@ def test_the_first_tensor_that_differs_is_named(name: str) -> None:
 
 def test_what_was_skipped_does_not_make_another_model() -> None:
     LAYOUT.require(ParameterMap(LAYOUT.tensors, LAYOUT.aliases, (), (("x", "why"),)), "run.zarr")
+
+
+@st.composite
+def _boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Piece]]:
+    """A small tensor cut at random, now and then with one box moved, stretched, doubled or lost."""
+    shape = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
+    boxes = [((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 5)) if shape else 0):
+        offset, size = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        k = draw(st.integers(0, len(shape) - 1))
+        at = draw(st.integers(0, size[k]))
+        for low, n in ((0, at), (at, size[k] - at)):
+            if n:
+                boxes.append((_put(offset, k, offset[k] + low), _put(size, k, n)))
+    match draw(st.sampled_from(["whole", "moved", "stretched", "doubled", "lost"])) if shape else "whole":
+        case "moved":
+            offset, size = boxes[0]
+            boxes[0] = (_put(offset, 0, offset[0] + 1), size)
+        case "stretched":
+            offset, size = boxes[0]
+            boxes[0] = (offset, _put(size, 0, size[0] + 1))
+        case "doubled":
+            boxes.append(boxes[0])
+        case "lost":
+            boxes.pop()
+        case _:
+            pass
+    return shape, [Piece(offset, size, 0) for offset, size in boxes]
+
+
+def _put(values: tuple[int, ...], k: int, value: int) -> tuple[int, ...]:
+    return (*values[:k], value, *values[k + 1 :])
+
+
+@given(_boxes())
+def test_pieces_tile_a_tensor_when_every_element_lies_in_exactly_one(
+    found: tuple[tuple[int, ...], list[Piece]],
+) -> None:
+    shape, pieces = found
+    counts: Counter[tuple[int, ...]] = Counter()
+    for piece in pieces:
+        counts.update(itertools.product(*map(range, piece.offset, np.add(piece.offset, piece.size))))
+    expected = dict.fromkeys(itertools.product(*map(range, shape)), 1)
+    assert parameter_map.tile(pieces, shape) == (counts == expected)
+
+
+def test_a_tensor_that_is_cut_along_more_axes_than_anybody_cuts_is_refused_without_counting_its_corners() -> (
+    None
+):
+    n = 60
+    halves = [Piece((0,) * n, (1,) * n, 0)] + [
+        Piece((0,) * k + (1,) + (0,) * (n - k - 1), (2,) * k + (1,) * (n - k), 0) for k in range(n)
+    ]
+    assert not parameter_map.tile(halves, (2,) * n)
