@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check faults bench clean
 
-.venv/.base: pyproject.toml constraints.txt
+.venv/.base: pyproject.toml constraints.txt hatch_build.py kernels/cmdgpu_kernels/assignment/native.cpp
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
 	touch $@

@@ -55,7 +55,8 @@ def device_class(device: torch.device) -> str:
     """Devices of one class give the same bits; part of a result's fingerprint."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    kernel, _ = choose("float32", 16, 2, device)
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {kernel}"
 
 
 def triton_version() -> str | None:
@@ -76,19 +77,20 @@ def choose(
     dtype: str, n_snapshots: int, n_modes: int, device: torch.device
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """Name of the implementation that will run, and the reasons of those that refused before it."""
-    problem = kernels.Problem(
-        dtype=dtype, snapshots=n_snapshots, modes=n_modes, device=device.type, time_major=True
-    )
     try:
-        implementation, refusals = kernels.choose(problem)
+        implementation, refusals = kernels.choose(_problem(dtype, n_snapshots, n_modes, device))
     except kernels.NoKernelError as error:
         raise KernelError(str(error)) from error
     return implementation.name, dict(refusals)
 
 
-def workspace_bytes(n_snapshots: int, n_modes: int, threads: int) -> int:
-    """Host memory the CPU implementation needs beside its input and outputs."""
-    return kernels.workspace_bytes(n_snapshots, n_modes, threads)
+def workspace_bytes(dtype: str, n_snapshots: int, n_modes: int, device: torch.device, threads: int) -> int:
+    """Host memory the implementation that will run needs beside its input and outputs."""
+    return kernels.workspace_bytes(_problem(dtype, n_snapshots, n_modes, device), threads)
+
+
+def _problem(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> kernels.Problem:
+    return kernels.Problem(dtype=dtype, snapshots=n_snapshots, modes=n_modes, device=device.type)
 
 
 def prepare_references(R_mt: AnyArray) -> References:

@@ -25,7 +25,7 @@ import numpy as np
 import cmdgpu
 W = np.cumsum(np.random.default_rng(0).standard_normal((300, 20)), axis=1).astype(np.float32)
 cmd = cmdgpu.CMD(n_modes=2, n_samples=100).fit(W)
-assert cmd.metrics_["implementation"] == "torch", cmd.metrics_
+assert "triton" not in cmd.metrics_["implementation"], cmd.metrics_
 row = int(cmd.reference_rows_[0])
 assert cmd.labels_[row] == 0 and abs(cmd.a_[row] - 1) < 1e-6
 print("fitted")
@@ -48,4 +48,4 @@ cli.main(["doctor", "--json"], prog_name="cmdgpu")
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["ok"] and found["implementations"]["assign_and_fit"]["cpu"]["chosen"] == "torch"
+    assert found["ok"] and "triton" not in found["implementations"]["assign_and_fit"]["cpu"]["chosen"]

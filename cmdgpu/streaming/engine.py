@@ -49,7 +49,7 @@ def plan_for(
         rows=frame.rows,
         n_snapshots=n_snapshots,
         itemsize=fmt.storage(source.dtype).numpy.itemsize,
-        fixed_bytes=workspace_bytes(n_snapshots, n_modes, device)
+        fixed_bytes=workspace_bytes(source.dtype, n_snapshots, n_modes, device)
         + source.fill_bytes(n_snapshots)
         + 3 * statistics  # of the unit in hand, as it is taken, written and summed
         + kept,

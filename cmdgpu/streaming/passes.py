@@ -65,8 +65,6 @@ class AssignAndFit:
         return UnitRows(mode, a, b, correlation), statistics
 
 
-def workspace_bytes(n_snapshots: int, n_modes: int, device: torch.device) -> int:
+def workspace_bytes(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> int:
     """Host memory of the kernel beside slots and outputs."""
-    if device.type != "cpu":
-        return 0
-    return ops.workspace_bytes(n_snapshots, n_modes, torch.get_num_threads())
+    return ops.workspace_bytes(dtype, n_snapshots, n_modes, device, torch.get_num_threads())

@@ -24,8 +24,8 @@ from cmdgpu_kernels.assignment import (
     assign_and_fit,
     assign_and_fit_reference,
     choose,
+    workspace_bytes,
 )
-from cmdgpu_kernels.assignment.torch_impl import workspace_bytes
 from cmdgpu_kernels.dispatch import Implementation, NoKernelError, Problem
 from cmdgpu_kernels.references import References, prepare_references
 

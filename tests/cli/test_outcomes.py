@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from cmdgpu import ops
 from cmdgpu.cli import outcome
 from cmdgpu.cli.bar import LineProgress
 from cmdgpu.decomposition import CMD
@@ -431,7 +432,9 @@ def dtypes_of(path: Path, kind: str) -> dict[str, str]:
 def test_doctor_names_every_kernel_with_its_reasons() -> None:
     ended = run_cli("doctor")
     assert ended.code == 0 and ended.out.splitlines()[-1] == "no problems"
-    assert "assign_and_fit: torch" in ended.out
+    chosen, refused = ops.choose("float32", 16, 2, torch.device("cpu"))
+    assert f"  assign_and_fit: {chosen}\n" in ended.out
+    assert all(f"    not {name}: " in ended.out for name in refused)
     said = run_cli("doctor", "--json").json
     assert said["problems"] == [] and said["cpu_count"] == os.cpu_count()
     assert said["devices"][0]["name"] == "cpu" and said["devices"][0]["memory_bytes"] > 1 << 28

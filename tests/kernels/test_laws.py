@@ -22,6 +22,7 @@ from torch import Tensor
 
 F64 = NDArray[np.float64]
 NAMES = [i.name for i in IMPLEMENTATIONS if not i.refusals(Problem("float32", 9, 2, "cpu"))]
+ON_CPU = [name for name in NAMES if name != "triton-interpreted"]
 TOLERANCE = {i.name: i.tolerance for i in IMPLEMENTATIONS}
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -128,11 +129,12 @@ def same(one: RowFit, other: RowFit, rows: int) -> None:
             assert np.array_equal(left[:rows].numpy(), right.numpy(), equal_nan=True), field
 
 
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("rows", [1, 3, 7, 31, 256, 1000, 20_000])
-def test_a_row_has_the_same_bits_in_a_block_of_any_size(rows: int) -> None:
+def test_a_row_has_the_same_bits_in_a_block_of_any_size(name: str, rows: int) -> None:
     W, R = walks(40, 20_000, 6)
-    whole = assign_and_fit(W, R, implementation="torch", margin=True)
-    same(whole, assign_and_fit(W[:, :rows], R, implementation="torch", margin=True), rows)
+    whole = assign_and_fit(W, R, implementation=name, margin=True)
+    same(whole, assign_and_fit(W[:, :rows], R, implementation=name, margin=True), rows)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 31, 513])
@@ -143,25 +145,27 @@ def test_an_interpreted_row_has_the_same_bits_in_a_block_of_any_size(rows: int) 
     same(whole, assign_and_fit(W[:, :rows], R, implementation=name, margin=True), rows)
 
 
-def test_blocks_cut_at_tiles_give_the_bits_of_the_whole() -> None:
+@pytest.mark.parametrize("name", ON_CPU)
+def test_blocks_cut_at_tiles_give_the_bits_of_the_whole(name: str) -> None:
     W, R = walks(20, 2 * TILE + 77, 4)
-    whole = assign_and_fit(W, R, implementation="torch")
+    whole = assign_and_fit(W, R, implementation=name)
     for start, stop in ((0, TILE), (TILE, 2 * TILE), (2 * TILE, 2 * TILE + 77), (TILE, 2 * TILE + 77)):
-        part = assign_and_fit(W[:, start:stop], R, implementation="torch")
+        part = assign_and_fit(W[:, start:stop], R, implementation=name)
         for field in ("mode", "a", "b", "correlation", "ss"):
             assert torch.equal(getattr(whole, field)[start:stop], getattr(part, field)), field
 
 
-def test_no_number_of_threads_changes_a_bit_or_the_callers_threads() -> None:
+@pytest.mark.parametrize("name", ON_CPU)
+def test_no_number_of_threads_changes_a_bit_or_the_callers_threads(name: str) -> None:
     W, R = walks(100, 3 * TILE + 5, 10)
     before = torch.get_num_threads()
-    one = assign_and_fit(W, R, implementation="torch", threads=1)
+    one = assign_and_fit(W, R, implementation=name, threads=1)
     for threads in (2, 3):
-        other = assign_and_fit(W, R, implementation="torch", threads=threads)
+        other = assign_and_fit(W, R, implementation=name, threads=threads)
         same(one, other, W.shape[1])
     torch.set_num_threads(1)
     try:
-        same(one, assign_and_fit(W, R, implementation="torch"), W.shape[1])
+        same(one, assign_and_fit(W, R, implementation=name), W.shape[1])
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -302,20 +306,25 @@ def test_two_snapshots_put_every_moving_row_in_mode_zero(name: str) -> None:
     assert np.allclose(rebuilt, numbers(W), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("snapshots", [1, 2, 40])
-def test_without_references_every_finite_row_is_its_mean(snapshots: int) -> None:
+def test_without_references_every_finite_row_is_its_mean(name: str, snapshots: int) -> None:
     W, _ = walks(snapshots, 20, 1)
     W[0, 3] = torch.nan
-    fit = assign_and_fit(W, np.empty((0, snapshots)))
+    fit = assign_and_fit(W, np.empty((0, snapshots)), implementation=name, margin=True)
     assert fit.mode.numpy().tolist() == [-2 if i == 3 else -1 for i in range(20)]
     keep = np.arange(20) != 3
     assert np.allclose(numbers(fit.b)[keep], numbers(W).mean(axis=0)[keep], atol=1e-6)
-    assert (fit.a == 0).all() and torch.isnan(fit.b[3])
+    assert (fit.a == 0).all() and (fit.correlation == 0).all() and torch.isnan(fit.b[3])
+    x = numbers(W)[:, keep] - numbers(W)[:, keep].mean(axis=0)
+    assert np.allclose(numbers(fit.ss)[keep], np.square(x).sum(axis=0), rtol=1e-5, atol=1e-12)
+    assert fit.margin is not None and (fit.margin == 0).all()
 
 
-def test_three_hundred_modes_keep_their_numbers() -> None:
+@pytest.mark.parametrize("name", ON_CPU)
+def test_three_hundred_modes_keep_their_numbers(name: str) -> None:
     _, R = walks(60, 1, 300)
-    fit = assign_and_fit(torch.tensor(R.T, dtype=torch.float32), R)
+    fit = assign_and_fit(torch.tensor(R.T, dtype=torch.float32), R, implementation=name)
     assert fit.mode.numpy().tolist() == list(range(300))
     assert np.allclose(numbers(fit.a), 1, atol=1e-5)
 
@@ -344,7 +353,7 @@ def test_what_no_kernel_takes_is_refused_with_every_reason() -> None:
 
 def test_the_choice_names_the_reasons_of_who_came_before() -> None:
     chosen, refused = choose(Problem("float32", 100, 10, "cpu"))
-    assert chosen.name == "torch"
+    assert chosen.name == ON_CPU[0] and set(refused) == {i.name for i in IMPLEMENTATIONS[: len(refused)]}
     assert any("CUDA" in reason for reason in refused["triton"])
     with pytest.raises(NoKernelError, match="at most 16"):
         walk, R = walks(30, 5, 17)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cmdgpu_kernels import dispatch
-from cmdgpu_kernels.assignment import torch_impl, triton_impl
+from cmdgpu_kernels.assignment import native_impl, torch_impl, triton_impl
 from cmdgpu_kernels.assignment.reference import ReferenceFit, assign_and_fit_reference
 from cmdgpu_kernels.assignment.row_fit import RowFit
 from cmdgpu_kernels.dispatch import Implementation, Problem
@@ -21,6 +22,7 @@ __all__ = [
     "assign_and_fit",
     "assign_and_fit_reference",
     "choose",
+    "workspace_bytes",
 ]
 
 
@@ -34,6 +36,15 @@ class Run(Protocol):
 
 IMPLEMENTATIONS: tuple[Implementation[Run], ...] = (
     Implementation("triton", triton_impl.run, triton_impl.refusals, triton_impl.TOLERANCE),
+    *(
+        Implementation(
+            f"native-{path}",
+            partial(native_impl.run, path),
+            partial(native_impl.refusals, path),
+            native_impl.TOLERANCE,
+        )
+        for path in native_impl.PATHS
+    ),
     Implementation("torch", torch_impl.run, torch_impl.refusals, torch_impl.TOLERANCE),
     # Last, so that it runs only by name: it proves the kernel's logic where there is no GPU, a thousand
     # times slower.
@@ -55,6 +66,15 @@ def choose(
         raise ValueError(f"no implementation named {implementation!r}; have: {', '.join(names)}")
     candidates = [c for c in IMPLEMENTATIONS if implementation in (None, c.name)]
     return dispatch.choose("assign_and_fit", candidates, problem)
+
+
+def workspace_bytes(problem: Problem, threads: int) -> int:
+    """Host memory of a pass beside W and the outputs, by the implementation that would run it."""
+    chosen, _ = choose(problem)
+    if chosen.name == "torch" and problem.device == "cpu":
+        return torch_impl.workspace_bytes(problem.snapshots, problem.modes, threads)
+    prefix, _, path = chosen.name.partition("-")
+    return native_impl.workspace_bytes(path, problem, threads) if prefix == "native" else 0
 
 
 def assign_and_fit(

@@ -1,0 +1,404 @@
+// assign_and_fit on the CPU: rows in vector registers, their snapshots in the nearest cache.
+//
+// One source, compiled once per instruction set (hatch_build.py); the width of a vector follows from the
+// compiler's target. No row looks at its neighbour and every sum runs over the snapshots in order, so a row
+// has the same bits in whatever block, tile or thread it is computed.
+//
+// A tile is 64 rows. Its snapshots are packed behind the pivot of their partial into a buffer that stays in
+// the cache, the moments are taken on the way; then groups of up to 6 references sweep over the buffer with
+// all their sums in registers, and the winner so far is kept beside them:
+//
+//     p_0   = w_0 + mean over 8 snapshots spread over T of (w - w_0)
+//     x     = w - p_c                       c counts partials of 64 snapshots
+//     d_m   = sum over c of <x, z_m> + (p_c - p_c-1) * (sum of z_m from partial c on)
+//     p_c+1 = p_c + mean(x)                 the pivot follows the row
+//
+// No intrinsics and no fast-math: the vector extensions of GCC and Clang, and NaN stays NaN.
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, VECTORS = 4;  // 32 registers: 4 x 6 sums, 4 rows, one factor
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, VECTORS = 2;  // 16 registers: 2 x 6 sums, 2 rows, one factor
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, VECTORS = 4;
+#else
+constexpr int VECTOR_BYTES = 16, VECTORS = 2;
+#endif
+
+#ifndef CMDGPU_SOURCE
+#define CMDGPU_SOURCE ""  // digest of this file, by which a library that was built from another one is told
+#endif
+
+namespace {
+
+constexpr int LANES = VECTOR_BYTES / 4;
+constexpr int STRIP = VECTORS * LANES;  // rows whose sums are in registers at a time
+constexpr int TILE = 64;                // rows
+constexpr int LINE = 64;                // bytes of a cache line
+constexpr int PARTIAL = 64;             // snapshots behind one pivot, as in limits.py
+constexpr int64_t SPAN = 1024;          // snapshots in the buffer at a time: a quarter of a megabyte
+constexpr float SMALLEST_SS = 0x1p-126f, LARGEST_SS = 3.40282347e38f;
+constexpr int CONSTANT = -1, NOT_FINITE = -2;
+
+typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef float VectorAnywhere __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t HalvesAnywhere __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+struct Arguments {  // native_impl.Arguments, field by field
+    const void *W;
+    int64_t stride_t, stride_n;  // elements between snapshots, between rows
+    int64_t snapshots, rows;
+    const float *z;     // (groups, T, width)  distinct references, centred, unit norm, padded with 0
+    const float *tail;  // (groups, partials, width)  sums of z from each partial on
+    const int32_t *index;            // the caller's number of each distinct reference
+    const float *mean, *rnorm_inv;   // of the raw reference
+    int64_t groups, width;
+    int16_t *mode;
+    float *a, *b, *correlation, *ss, *margin;  // margin may be null
+    float *scratch;                            // cmdgpu_scratch_bytes, aligned to a cache line
+    int64_t dtype;                             // 0 float32, 1 float16, 2 bfloat16
+};
+
+inline Vector splat(float value) { return value - Vector{}; }
+inline Vector at(const float *place) { return *reinterpret_cast<const Vector *>(place); }
+inline void put(float *place, Vector value) { *reinterpret_cast<Vector *>(place) = value; }
+
+// ---- elements in storage -------------------------------------------------------------------------------
+
+inline Words widen(const uint16_t *place) {
+    Halves half = *reinterpret_cast<const HalvesAnywhere *>(place);
+    return __builtin_convertvector(half, Words);
+}
+
+struct Float32 {
+    typedef float Stored;
+    static Vector load(const float *place) { return *reinterpret_cast<const VectorAnywhere *>(place); }
+};
+
+struct BFloat16 {
+    typedef uint16_t Stored;
+    static Vector load(const uint16_t *place) { return (Vector)(widen(place) << 16); }
+};
+
+struct Float16 {
+    typedef uint16_t Stored;
+    static Vector load(const uint16_t *place) {
+        Words bits = widen(place), sign = (bits & 0x8000u) << 16, rest = (bits & 0x7FFFu) << 13;
+        // The exponent moves from bias 15 to 127 by a product, which makes subnormals normal, too.
+        Vector scaled = (Vector)rest * splat(0x1p112f);
+        Words special = (Words)(rest >= (0x7C00u << 13)) & 0x7F800000u;  // inf and NaN keep their exponent
+        return (Vector)((Words)scaled | special | sign);
+    }
+};
+
+template <class Element>
+float load_one(const typename Element::Stored *place) {
+    typename Element::Stored padded[LANES] = {*place};
+    return Element::load(padded)[0];
+}
+
+// ---- a tile --------------------------------------------------------------------------------------------
+
+struct alignas(LINE) Tile {
+    float pivot[TILE], step[TILE];  // the pivot, and what it moved by before this partial
+    float mean[TILE], ss[TILE];     // the mean is counted from the pivot
+    float best[TILE], second[TILE], d[TILE];
+    int32_t winner[TILE];
+};
+
+template <class Element>
+struct Rows {  // the rows of a tile, of which ``live`` are there
+    typedef typename Element::Stored Stored;
+    const Stored *W;
+    int64_t stride_t, stride_n, live;
+
+    const Stored *place(int64_t t, int64_t i) const { return W + t * stride_t + i * stride_n; }
+    bool time_major() const { return live == TILE && stride_n == 1; }
+    float one(int64_t t, int64_t i) const { return i < live ? load_one<Element>(place(t, i)) : 0.0f; }
+    Vector some(int64_t t, int64_t i) const {
+        if (time_major()) return Element::load(place(t, i));
+        Vector found{};
+        for (int lane = 0; lane < LANES; lane++) found[lane] = one(t, i + lane);
+        return found;
+    }
+};
+
+// p_0, exact for a row that never moves, which the mean of 8 equal floats is not.
+template <class Element>
+void set_origin(const Rows<Element> &rows, int64_t snapshots, Tile &tile) {
+    for (int i = 0; i < TILE; i += LANES) {
+        Vector first = rows.some(0, i), total{};
+        if (snapshots >= 8)
+            for (int64_t k = 1; k < 8; k++) total += rows.some(k * snapshots / 8, i) - first;
+        put(tile.pivot + i, first + total * splat(0.125f));
+    }
+}
+
+// x = w - p over a partial, its moments merged with those before it, and the next pivot.
+template <class Load>
+inline void add_partial(Load load, float *x, int64_t seen, int steps, Tile &tile) {
+    const float share = float(double(steps) / double(seen + steps));
+    const float weight = float(double(seen) * double(steps) / double(seen + steps));
+    for (int i = 0; i < TILE; i += STRIP) {
+        Vector pivot[VECTORS], s1[VECTORS], s2[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            pivot[v] = at(tile.pivot + i + v * LANES);
+            s1[v] = s2[v] = Vector{};
+        }
+        for (int t = 0; t < steps; t++)
+            for (int v = 0; v < VECTORS; v++) {
+                Vector moved = load(t, i + v * LANES) - pivot[v];
+                put(x + t * TILE + i + v * LANES, moved);
+                s1[v] += moved;
+                s2[v] += moved * moved;
+            }
+        for (int v = 0; v < VECTORS; v++) {
+            int j = i + v * LANES;
+            Vector mean = s1[v] / splat(float(steps)), gap = mean - at(tile.mean + j);
+            Vector next = pivot[v] + mean;
+            // The step that is taken, which rounding makes another than the one that is meant.
+            Vector step = next - pivot[v];
+            put(tile.ss + j, at(tile.ss + j) + (s2[v] - s1[v] * mean) + gap * gap * splat(weight));
+            put(tile.mean + j, at(tile.mean + j) + gap * splat(share) - step);
+            put(tile.pivot + j, next);
+            put(tile.step + j, step);
+        }
+    }
+}
+
+// ---- rows that are contiguous: turned in registers ------------------------------------------------------
+
+template <int APART, size_t... LANE>
+inline void exchange(Vector &a, Vector &b, std::index_sequence<LANE...>) {
+#if defined(__clang__)
+#define PICK(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+    Vector low = PICK(int(LANE & APART ? LANES + LANE - APART : LANE)...);
+    b = PICK(int(LANE & APART ? LANES + LANE : LANE + APART)...);
+#undef PICK
+    a = low;
+}
+
+template <int APART>
+inline void transpose(Vector (&square)[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & APART)) exchange<APART>(square[i], square[i + APART], std::make_index_sequence<LANES>{});
+    if constexpr (APART > 1) transpose<APART / 2>(square);
+}
+
+// ``steps`` snapshots from ``first`` on as numbers, (steps, TILE); rows that are not there are 0.
+template <class Element>
+void gather(const Rows<Element> &rows, int64_t first, int steps, float *x) {
+    int t = 0;
+    if (rows.live == TILE && rows.stride_t == 1)
+        for (; t + LANES <= steps; t += LANES)
+            for (int i = 0; i < TILE; i += LANES) {
+                Vector square[LANES];
+                for (int lane = 0; lane < LANES; lane++) square[lane] = Element::load(rows.place(first + t, i + lane));
+                transpose<LANES / 2>(square);
+                for (int lane = 0; lane < LANES; lane++) put(x + (t + lane) * TILE + i, square[lane]);
+            }
+    for (; t < steps; t++)
+        for (int i = 0; i < TILE; i++) x[t * TILE + i] = rows.one(first + t, i);
+}
+
+// ---- references over a tile -----------------------------------------------------------------------------
+
+struct Span {  // snapshots [first, first + count) of a tile, packed
+    const float *x;      // (count, TILE)
+    const float *steps;  // (partials, TILE)  what the pivot moved by before each
+    int64_t first, count, snapshots;
+    bool opens() const { return first == 0; }
+    bool closes() const { return first + count == snapshots; }
+};
+
+struct Ahead {  // the next tile: its lines are asked for while this one is computed on
+    const char *place;
+    int64_t stride, count;
+    int lines;
+    void ask(int64_t t) const {
+        if (t < count)
+            for (int line = 0; line < lines; line++)
+                __builtin_prefetch(place + t * stride + line * LINE, 0, 2);
+    }
+};
+
+// Ascending and strictly greater: the lowest index wins a tie, and padding, d = 0, never does.
+template <int WIDTH>
+inline void keep_best(const Vector (&d)[WIDTH][VECTORS], int i, int first, bool margin, Tile &tile) {
+    for (int v = 0; v < VECTORS; v++) {
+        int j = i + v * LANES;
+        Vector best = at(tile.best + j), second = at(tile.second + j), kept = at(tile.d + j);
+        Integers winner = *reinterpret_cast<Integers *>(tile.winner + j);
+        for (int m = 0; m < WIDTH; m++) {
+            Vector size = (Vector)((Integers)d[m][v] & 0x7FFFFFFF);
+            Integers better = size > best;
+            if (margin) {
+                Vector lower = better ? best : size;
+                second = lower > second ? lower : second;
+            }
+            best = better ? size : best;
+            kept = better ? d[m][v] : kept;
+            winner = better ? Integers{} + (first + m) : winner;
+        }
+        put(tile.best + j, best);
+        put(tile.second + j, second);
+        put(tile.d + j, kept);
+        *reinterpret_cast<Integers *>(tile.winner + j) = winner;
+    }
+}
+
+// One group of references over a span; ``totals`` (WIDTH, TILE) carries d from span to span.
+template <int WIDTH>
+void sweep(const Span &span, const float *z, const float *tail, int first, bool margin, float *totals,
+           const Ahead &ahead, Tile &tile) {
+    for (int i = 0; i < TILE; i += STRIP) {
+        Vector d[WIDTH][VECTORS];
+        for (int m = 0; m < WIDTH; m++)
+            for (int v = 0; v < VECTORS; v++)
+                d[m][v] = span.opens() ? Vector{} : at(totals + m * TILE + i + v * LANES);
+        const float *x = span.x + i, *z_t = z;
+        for (int64_t seen = 0, c = 0; seen < span.count; seen += PARTIAL, c++) {
+            int64_t stop = seen + PARTIAL < span.count ? seen + PARTIAL : span.count;
+            Vector sum[WIDTH][VECTORS] = {};
+            for (int64_t t = seen; t < stop; t++, x += TILE, z_t += WIDTH) {
+                if (i == 0) ahead.ask(t);
+                for (int m = 0; m < WIDTH; m++) {
+                    Vector factor = splat(z_t[m]);
+                    for (int v = 0; v < VECTORS; v++) sum[m][v] += factor * at(x + v * LANES);
+                }
+            }
+            const float *step = span.steps + c * TILE + i;
+            for (int m = 0; m < WIDTH; m++)
+                for (int v = 0; v < VECTORS; v++)
+                    d[m][v] += sum[m][v] + at(step + v * LANES) * splat(tail[c * WIDTH + m]);
+        }
+        if (span.closes()) keep_best<WIDTH>(d, i, first, margin, tile);
+        else
+            for (int m = 0; m < WIDTH; m++)
+                for (int v = 0; v < VECTORS; v++) put(totals + m * TILE + i + v * LANES, d[m][v]);
+    }
+}
+
+typedef void (*Sweep)(const Span &, const float *, const float *, int, bool, float *, const Ahead &, Tile &);
+constexpr Sweep SWEEPS[] = {nullptr, sweep<1>, sweep<2>, sweep<3>, sweep<4>, sweep<5>, sweep<6>};
+
+// ---- closing the fit ------------------------------------------------------------------------------------
+
+// In loops over all rows of the tile that a compiler turns into vectors; only the live ones are copied out.
+void store(const Arguments &arg, const Tile &tile, int64_t start, int64_t live) {
+    alignas(LINE) float slope[TILE], level[TILE], offset[TILE], correlation[TILE], ss[TILE], margin[TILE];
+    alignas(LINE) int32_t index[TILE];
+    alignas(LINE) int16_t mode[TILE];
+    const bool two = arg.snapshots == 2;
+    const float nan = __builtin_nanf("");
+    for (int i = 0; i < TILE; i++) {
+        slope[i] = arg.rnorm_inv[tile.winner[i]];
+        level[i] = arg.mean[tile.winner[i]];
+        index[i] = arg.index[tile.winner[i]];
+    }
+    for (int i = 0; i < TILE; i++) {
+        const float d = tile.d[i], s = tile.ss[i];
+        // NaN compares false, so a row that is not finite is neither within the limit nor moving.
+        const bool finite = s <= LARGEST_SS, moving = finite & (s >= SMALLEST_SS);
+        const float norm = __builtin_sqrtf(moving ? s : 1.0f);
+        float c = d / norm;
+        c = c > 1.0f ? 1.0f : c;
+        c = c < -1.0f ? -1.0f : c;
+        // Two snapshots correlate perfectly with anything that moves; rounding has no say.
+        const float sign = d < 0.0f ? -1.0f : d > 0.0f ? 1.0f : 0.0f;
+        c = two ? sign : c;
+        const float a = moving ? d * slope[i] : 0.0f;
+        const float b = tile.pivot[i] + tile.mean[i] - a * level[i];
+        slope[i] = a;
+        offset[i] = finite ? b : nan;
+        correlation[i] = moving ? c : 0.0f;
+        margin[i] = moving ? (tile.best[i] - tile.second[i]) / norm : 0.0f;
+        const float kept = moving ? s : 0.0f;
+        ss[i] = finite ? kept : nan;
+        const int32_t found = moving ? index[i] : CONSTANT;
+        index[i] = finite ? found : NOT_FINITE;
+    }
+    for (int i = 0; i < TILE; i++) mode[i] = int16_t(index[i]);
+    std::memcpy(arg.mode + start, mode, live * sizeof *mode);
+    std::memcpy(arg.a + start, slope, live * sizeof *slope);
+    std::memcpy(arg.b + start, offset, live * sizeof *offset);
+    std::memcpy(arg.correlation + start, correlation, live * sizeof *correlation);
+    std::memcpy(arg.ss + start, ss, live * sizeof *ss);
+    if (arg.margin) std::memcpy(arg.margin + start, margin, live * sizeof *margin);
+}
+
+template <class Element>
+void fit_tile(const Arguments &arg, int64_t start) {
+    typedef typename Element::Stored Stored;
+    const int64_t left = arg.rows - start, live = left < TILE ? left : TILE;
+    const Rows<Element> rows{static_cast<const Stored *>(arg.W) + start * arg.stride_n, arg.stride_t, arg.stride_n, live};
+    float *x = arg.scratch, *steps = x + SPAN * TILE, *totals = steps + SPAN / PARTIAL * TILE;
+    const int64_t partials = (arg.snapshots + PARTIAL - 1) / PARTIAL;
+    Tile tile{};
+    set_origin(rows, arg.snapshots, tile);
+    for (int64_t first = 0; first < arg.snapshots; first += SPAN) {
+        const int64_t count = arg.snapshots - first < SPAN ? arg.snapshots - first : SPAN;
+        for (int64_t seen = 0; seen < count; seen += PARTIAL) {
+            const int many = count - seen < PARTIAL ? int(count - seen) : PARTIAL;
+            float *here = x + seen * TILE;
+            std::memcpy(steps + seen / PARTIAL * TILE, tile.step, sizeof tile.step);
+            if (rows.time_major()) {
+                const Stored *from = rows.place(first + seen, 0);
+                auto load = [=](int64_t t, int i) { return Element::load(from + t * arg.stride_t + i); };
+                add_partial(load, here, first + seen, many, tile);
+            } else {
+                gather(rows, first + seen, many, here);
+                auto load = [=](int64_t t, int i) { return at(here + t * TILE + i); };
+                add_partial(load, here, first + seen, many, tile);
+            }
+        }
+        const Span span{x, steps, first, count, arg.snapshots};
+        const bool more = rows.time_major() && left >= 2 * TILE;
+        const Ahead next{reinterpret_cast<const char *>(rows.place(first, TILE)),
+                         arg.stride_t * int64_t(sizeof(Stored)), more ? count : 0, TILE * int(sizeof(Stored)) / LINE};
+        for (int64_t group = 0; group < arg.groups; group++)
+            SWEEPS[arg.width](span, arg.z + (group * arg.snapshots + first) * arg.width,
+                              arg.tail + (group * partials + first / PARTIAL) * arg.width,
+                              int(group * arg.width), arg.margin != nullptr, totals + group * arg.width * TILE,
+                              group == 0 ? next : Ahead{}, tile);
+    }
+    store(arg, tile, start, live);
+}
+
+template <class Element>
+void fit(const Arguments &arg, int64_t start, int64_t stop) {
+    for (; start < stop; start += TILE) fit_tile<Element>(arg, start);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char *cmdgpu_source() { return CMDGPU_SOURCE; }
+
+// What one thread needs beside W and the outputs; ``references`` counts the padding of the groups, too.
+int64_t cmdgpu_scratch_bytes(int64_t snapshots, int64_t references) {
+    const int64_t totals = snapshots > SPAN ? references * TILE : 0;
+    return int64_t(sizeof(float)) * (SPAN * TILE + SPAN / PARTIAL * TILE + totals);
+}
+
+// Fit the rows [start, stop); start is a multiple of the tile.
+void cmdgpu_assign_and_fit(const Arguments *arg, int64_t start, int64_t stop) {
+    switch (arg->dtype) {
+        case 0: return fit<Float32>(*arg, start, stop);
+        case 1: return fit<Float16>(*arg, start, stop);
+        case 2: return fit<BFloat16>(*arg, start, stop);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,235 @@
+"""The compiled kernel: its build, its refusals, its strides and spans; the laws say what it computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cmdgpu_kernels import IMPLEMENTATIONS, Problem, assign_and_fit, assign_and_fit_reference, choose, limits
+from cmdgpu_kernels.assignment import native_impl, torch_impl
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROBLEM = Problem("float32", 9, 2, "cpu")
+ON_CPU = [i.name for i in IMPLEMENTATIONS if not i.refusals(PROBLEM) and i.name != "triton-interpreted"]
+HERE = [path for path in native_impl.PATHS if not native_impl.refusals(path, PROBLEM)]
+native = pytest.mark.skipif(not HERE, reason="no compiled kernel here: see `cmdgpu doctor`")
+FIELDS = ("mode", "a", "b", "correlation", "ss", "margin")
+
+
+@pytest.fixture
+def hook() -> Any:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def libraries(tmp_path: Path, hook: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for them, where hook and kernel look; what is known of this machine is forgotten."""
+    monkeypatch.setattr(hook, "LIBRARIES", tmp_path / "_native")
+    monkeypatch.setattr(native_impl, "LIBRARIES", tmp_path / "_native")
+    for cached in ("_absent", "_library"):
+        monkeypatch.setattr(native_impl, cached, getattr(native_impl, cached).__wrapped__)
+    return tmp_path / "_native"
+
+
+def walks(snapshots: int, rows: int, modes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(snapshots, rows, generator=generator).cumsum(0)
+    return W, torch.randn(modes, snapshots, generator=generator).cumsum(1)
+
+
+# ---- building ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CMDGPU_NATIVE": "0"}, "switched off by CMDGPU_NATIVE=0"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler was found"),
+        ({"CXX": "false"}, "false failed: no message"),
+        ({"CXX": "no-such-compiler -x"}, "could not be run"),
+    ],
+)
+def test_an_install_without_a_compiler_leaves_the_reason_and_torch_serves(
+    hook: Any, libraries: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hook.compile_all() == []
+    chosen, refused = choose(PROBLEM)
+    assert chosen.name == "torch"
+    for path in native_impl.PATHS:
+        (reason,) = refused[f"native-{path}"]
+        assert said in reason, reason
+    (libraries / "report.txt").unlink()
+    assert "built without a compiled kernel" in choose(PROBLEM)[1]["native-avx2"][0]
+
+
+@native
+def test_what_a_compiler_builds_is_used_and_what_it_cannot_is_told(
+    hook: Any, libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook, "TARGETS", {**hook.TARGETS, "avx512": ["-march=no-such-level"]})
+    built = hook.compile_all()
+    assert "baseline" in built and "avx512" not in built
+    assert native_impl.refusals("baseline", PROBLEM) == ()
+    (reason,) = native_impl.refusals("avx512", PROBLEM)
+    assert "no-such-level" in reason or "is for x86-64" in reason
+
+
+@native
+def test_a_library_of_another_source_is_not_used(
+    hook: Any, libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "native.cpp").write_bytes(hook.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(hook, "SOURCE", tmp_path / "native.cpp")
+    assert "baseline" in hook.compile_all()
+    assert "another native.cpp: install cmdgpu again" in native_impl.refusals("baseline", PROBLEM)[0]
+    (libraries / "avx2.so").write_bytes(b"no library")
+    monkeypatch.setattr(native_impl, "_features", lambda: native_impl.PATHS["avx2"])
+    assert "cannot be loaded" in native_impl.refusals("avx2", PROBLEM)[0]
+
+
+@native
+def test_a_cpu_without_the_instructions_is_refused_by_name(
+    hook: Any, libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "avx2" not in hook.compile_all():
+        pytest.skip("no x86-64")
+    monkeypatch.setattr(native_impl, "_features", lambda: native_impl.PATHS["avx2"] - {"fma"})
+    assert native_impl.refusals("avx2", PROBLEM) == ("this CPU lacks fma",)
+    assert native_impl.refusals("baseline", PROBLEM) == ()
+
+
+def test_the_source_and_the_python_side_agree_on_the_constants() -> None:
+    source = native_impl.SOURCE.read_text()
+    for name in ("PARTIAL", "CONSTANT", "NOT_FINITE"):
+        found = re.search(rf"\b{name} = (-?\d+)", source)
+        assert found is not None and int(found[1]) == getattr(limits, name), name
+    assert f"{limits.SMALLEST_SS:.0e}" == "1e-38" and "0x1p-126f" in source
+    assert np.float32("3.40282347e38") == np.float32(limits.LARGEST_SS)
+    assert f"sweep<{native_impl.WIDEST}>" in source and f"sweep<{native_impl.WIDEST + 1}>" not in source
+    fields = [field[0] for field in native_impl._Arguments._fields_]  # pyright: ignore[reportPrivateUsage]
+    body = source[source.index("struct Arguments") : source.index("inline Vector splat")]
+    declared = re.findall(r"(\w+)(?=[,;])", re.sub(r"//.*", "", body))
+    assert declared == fields
+
+
+# ---- computing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_sixteen_bit_number_is_read_exactly(name: str, dtype: torch.dtype) -> None:
+    """With one snapshot a row is its own mean."""
+    W = torch.arange(1 << 16).to(torch.uint16).view(dtype)[None]
+    fit = assign_and_fit(W, np.empty((0, 1)), implementation=name)
+    finite = torch.isfinite(W[0])
+    assert (fit.mode == torch.where(finite, -1, -2)).all()
+    assert torch.equal(fit.b[finite], W[0].float()[finite])
+    turned = assign_and_fit(W.T.contiguous(), np.empty((0, 1)), implementation=name, time_major=False)
+    assert torch.equal(fit.b[finite], turned.b[finite]) and torch.equal(fit.mode, turned.mode)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("modes", [*range(1, 14), 64, 100, 1000])
+def test_any_number_of_references_equals_the_definition(name: str, modes: int) -> None:
+    W, R = walks(70, 150, modes, seed=modes)
+    fit = assign_and_fit(W, R, implementation=name, margin=True)
+    want = assign_and_fit_reference(W.double().numpy(), R.double().numpy())
+    sure = want.margin > 1e-5
+    assert np.array_equal(fit.mode.numpy()[sure], want.mode[sure]) and sure.mean() > 0.95
+    assert fit.margin is not None and np.abs(fit.margin.numpy() - want.margin).max() <= 1e-5
+    same = fit.mode.numpy() == want.mode
+    assert np.abs(fit.correlation.numpy() - want.correlation)[same].max() <= 3e-6
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("snapshots", [1023, 1024, 1025, 2100])
+def test_snapshots_beyond_one_buffer_equal_the_definition(name: str, snapshots: int) -> None:
+    W, R = walks(snapshots, 70, 9, seed=snapshots)
+    fit = assign_and_fit(W, R, implementation=name)
+    want = assign_and_fit_reference(W.double().numpy(), R.double().numpy())
+    sure = want.margin > 1e-5
+    assert np.array_equal(fit.mode.numpy()[sure], want.mode[sure])
+    assert np.abs(fit.correlation.numpy() - want.correlation)[sure].max() <= 3e-6
+    assert np.abs(fit.ss.numpy() / want.ss - 1).max() <= 6e-6
+
+
+@pytest.mark.parametrize("path", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("snapshots", [1, 7, 16, 100, 1090])
+def test_any_strides_give_the_same_bits(path: str, dtype: torch.dtype, snapshots: int) -> None:
+    exact, R = walks(snapshots, 200, 0 if snapshots == 1 else 7)
+    W = exact.to(dtype)
+    name = f"native-{path}"
+    plain = assign_and_fit(W, R, implementation=name, margin=True)
+    wide = torch.zeros(2 * snapshots, 600, dtype=dtype)
+    wide[::2, ::3] = W
+    for other in (
+        assign_and_fit(wide[::2, ::3], R, implementation=name, margin=True),
+        assign_and_fit(wide[::2, ::3].T, R, implementation=name, margin=True, time_major=False),
+        assign_and_fit(W.T.contiguous(), R, implementation=name, margin=True, time_major=False),
+        assign_and_fit(W.T.contiguous().T, R, implementation=name, margin=True),
+    ):
+        for field in FIELDS:
+            assert torch.equal(getattr(plain, field), getattr(other, field)), field
+
+
+@pytest.mark.parametrize("path", HERE)
+def test_a_row_has_the_same_bits_wherever_it_stands_in_its_tile(path: str) -> None:
+    W, R = walks(100, 300, 11)
+    name = f"native-{path}"
+    whole = assign_and_fit(W, R, implementation=name, margin=True)
+    for start in (1, 5, 63, 64, 130):
+        part = assign_and_fit(W[:, start:], R, implementation=name, margin=True)
+        for field in FIELDS:
+            assert torch.equal(getattr(whole, field)[start:], getattr(part, field)), (start, field)
+
+
+@pytest.mark.parametrize("path", HERE)
+def test_the_memory_of_a_pass_does_not_grow_with_its_rows(path: str) -> None:
+    small = native_impl.workspace_bytes(path, Problem("float32", 100, 10, "cpu"), 2)
+    assert small < 1 << 20
+    assert small < native_impl.workspace_bytes(path, Problem("float32", 2000, 1000, "cpu"), 2) < 20 << 20
+    assert small < torch_impl.workspace_bytes(100, 10, 2)
+
+
+_GUARDED = """
+import ctypes, mmap, sys
+import numpy as np, torch
+from cmdgpu_kernels import assign_and_fit
+page = mmap.PAGESIZE
+pages = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+for rows, snapshots in ((70, 3), (1, 9), (63, 16), (64, 4), (65, 15)):
+    for dtype in (torch.float32, torch.bfloat16):
+        W = torch.frombuffer(pages, dtype=dtype, count=rows * snapshots,
+                             offset=page - rows * snapshots * dtype.itemsize)
+        W.copy_(torch.linspace(0, 1, len(W)))
+        R = np.arange(float(snapshots))[None]
+        for fit in (assign_and_fit(W.view(snapshots, rows), R, implementation=sys.argv[1]),
+                    assign_and_fit(W.view(rows, snapshots), R, implementation=sys.argv[1], time_major=False)):
+            assert (fit.mode == 0).all()
+"""
+
+
+@pytest.mark.parametrize("path", HERE)
+def test_nothing_beyond_the_last_row_is_read(path: str) -> None:
+    """The page after the block cannot be read: whoever tries is killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", _GUARDED, f"native-{path}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-500:]
