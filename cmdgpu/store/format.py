@@ -47,7 +47,7 @@ SMALL_CHUNK: Final = 1024
 CRC_BYTES: Final = 4
 MAX_CHUNK_BYTES: Final = 1 << 30
 _MAX_DOCUMENT_BYTES: Final = 32 << 20
-_MAX_VALUES: Final = 1 << 21
+_MAX_VALUES: Final = 1 << 20
 """Commas and colons of a document: what it costs in memory goes by their number."""
 _MAX_DEPTH: Final = 32
 
