@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check faults bench clean
 
-.venv/.base: pyproject.toml constraints.txt hatch_build.py kernels/cmdgpu_kernels/assignment/native.cpp
+.venv/.base: pyproject.toml constraints.txt hatch_build.py kernels/cmdgpu_kernels/native/native.cpp
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
 	touch $@
@@ -33,8 +33,13 @@ check: .venv/.dev
 faults: .venv/.dev
 	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "" tests/faults
 
-bench: .venv/.dev
+.venv/.bench: .venv/.dev
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[bench]"
+	touch $@
+
+bench: .venv/.bench
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/out_of_core.py
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/render.py
 

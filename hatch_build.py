@@ -1,7 +1,7 @@
 """Build hook: compile the native kernel where a C++ compiler is found, and never fail an install without one.
 
-The source is compiled once per instruction set into ``cmdgpu_kernels/_native/<name>.so``, which is loaded by
-ctypes and so fits every Python; what was built, or why not, is told by ``report.txt`` beside them, which
+The source is compiled once per instruction set into ``cmdgpu_kernels/native/lib/<name>.so``, which is loaded
+by ctypes and so fits every Python; what was built, or why not, is told by ``report.txt`` beside them, which
 ``cmdgpu doctor`` repeats. ``CXX`` names the compiler; ``CMDGPU_NATIVE=0`` builds nothing.
 
     python hatch_build.py      compile again in place, after a change of the source
@@ -27,10 +27,10 @@ except ImportError:  # run as a program
     BuildHookInterface = object
 
 KERNELS = Path(__file__).resolve().parent / "kernels" / "cmdgpu_kernels"
-SOURCE = KERNELS / "assignment" / "native.cpp"
-LIBRARIES = KERNELS / "_native"
+SOURCE = KERNELS / "native" / "native.cpp"
+LIBRARIES = KERNELS / "native" / "lib"
 TARGETS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "baseline": []}
-"""Names in ``native_impl.PATHS``. The levels are those of the x86-64 psABI."""
+"""Names in ``native.library.PATHS``. The levels are those of the x86-64 psABI."""
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 """No fast-math: a NaN must stay one, and sums keep their order."""
 SECONDS = 300
@@ -43,7 +43,7 @@ class NativeKernel(BuildHookInterface):
         if self.target_name != "wheel":
             return
         built = compile_all()
-        build_data["artifacts"].append("/kernels/cmdgpu_kernels/_native/*")
+        build_data["artifacts"].append("/kernels/cmdgpu_kernels/native/lib/*")
         if built:
             build_data["pure_python"] = False
             system = sysconfig.get_platform().replace("-", "_").replace(".", "_")

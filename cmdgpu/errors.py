@@ -104,6 +104,9 @@ class StepNotFound(CmdgpuError):
 class MemoryLimitError(CmdgpuError):
     """The smallest plan needs more memory than the limit grants."""
 
+    needed_bytes: int = 0
+    """The least that would have done, where that is known."""
+
 
 class KernelError(CmdgpuError):
     """No kernel accepts the problem; the text lists each one with its reasons."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import cmdgpu_kernels as kernels
 import numpy as np
 import torch
-from cmdgpu_kernels import References, RowFit
+from cmdgpu_kernels import References, RowFit, class_sums
+from cmdgpu_kernels.native import files
 from torch import Tensor
 
 from cmdgpu.errors import CmdgpuError, KernelError, UsageError
@@ -20,13 +22,31 @@ __all__ = [
     "RowFit",
     "as_tensor",
     "assign_and_fit",
+    "can_fit_files",
     "choose",
+    "class_sums",
     "device_class",
+    "files",
+    "files_workspace_bytes",
+    "fit_files",
     "prepare_references",
     "resolve_device",
     "triton_version",
     "workspace_bytes",
 ]
+
+
+class ChunkFiles(Protocol):
+    """Files of one size in one directory, and the CRC-32C that each must carry and have."""
+
+    @property
+    def directory(self) -> str: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def n_bytes(self) -> int: ...
+    @property
+    def kept(self) -> Sequence[bytes]: ...
 
 
 def resolve_device(name: str) -> torch.device:
@@ -87,6 +107,30 @@ def choose(
 def workspace_bytes(dtype: str, n_snapshots: int, n_modes: int, device: torch.device, threads: int) -> int:
     """Host memory the implementation that will run needs beside its input and outputs."""
     return kernels.workspace_bytes(_problem(dtype, n_snapshots, n_modes, device), threads)
+
+
+def can_fit_files(dtype: str, n_snapshots: int, n_modes: int) -> bool:
+    """Whether the CPU's implementation takes a block straight from its files."""
+    return kernels.can_fit_files(choose(dtype, n_snapshots, n_modes, torch.device("cpu"))[0])
+
+
+def fit_files(
+    dtype: str, references: References, chunks: ChunkFiles, rows: int, coming: Sequence[str] | None
+) -> RowFit | None:
+    """``assign_and_fit`` of the first rows of files, one per snapshot; None when one is not what it must be.
+
+    ``coming`` names the files that this thread will ask for next.
+    """
+    name, _ = choose(dtype, references.snapshots, references.modes, torch.device("cpu"))
+    return kernels.fit_files(
+        name, dtype, references, chunks.directory, chunks.names, chunks.n_bytes, chunks.kept, rows, coming
+    )
+
+
+def files_workspace_bytes(dtype: str, n_snapshots: int, n_modes: int, threads: int) -> int:
+    """Memory of ``threads`` calls of ``fit_files`` beside their outputs."""
+    problem = _problem(dtype, n_snapshots, n_modes, torch.device("cpu"))
+    return kernels.files_workspace_bytes(problem, threads) + kernels.workspace_bytes(problem, threads)
 
 
 def _problem(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> kernels.Problem:

@@ -27,6 +27,8 @@ FillTask: TypeAlias = Callable[[], int]
 
 READS_IN_FLIGHT: Final = 8
 """Cold 1 MiB chunks: 0.75 GB/s with one read in flight, 1.44 with eight, on an SSD-backed volume."""
+_CHUNKS_OF_A_TASK: Final = 8
+"""Chunks read by one call: Python between two calls then hardly shows."""
 ARRAY_UNIT_ROWS: Final = 1 << 18
 _SLAB_ROWS: Final = 1 << 14
 
@@ -69,7 +71,7 @@ class Source(Protocol):
 
 
 class StoreSource:
-    """Chunk files of a store: one task per chunk, read straight into its place in the slot."""
+    """Chunk files of a store, read straight into their places in the slot, a few by one task."""
 
     def __init__(self, view: StoreView) -> None:
         self.view = view
@@ -93,17 +95,18 @@ class StoreSource:
     def fill_tasks(self, unit: int, stop: int, columns: I64, W_tb: AnyArray) -> Iterator[FillTask]:
         rows = self.rows
 
-        def task(i: int, t: int, row: int) -> FillTask:
+        def task(i: int, first: int) -> FillTask:
             def run() -> int:
-                out = W_tb[row, (i - unit) * rows : (i - unit + 1) * rows]
-                self.view.read_chunk(i, t, out)
-                return out.nbytes
+                times = columns[first : first + _CHUNKS_OF_A_TASK].tolist()
+                here = W_tb[first : first + len(times), (i - unit) * rows : (i - unit + 1) * rows]
+                self.view.read_chunks(i, times, list(here))
+                return here.nbytes
 
             return run
 
         for i in range(unit, stop):
-            for row, t in enumerate(columns.tolist()):
-                yield task(i, t, row)
+            for first in range(0, len(columns), _CHUNKS_OF_A_TASK):
+                yield task(i, first)
 
     def fill_bytes(self, n_columns: int) -> int:
         del n_columns
@@ -207,7 +210,8 @@ class ArraySource:
         stored = fmt.storage(self.dtype).numpy
         plain = type(self._W_nt).__module__ == "numpy" and self._W_nt.dtype == stored
         slab = 0 if plain else self._shape[1] * 8
-        return READS_IN_FLIGHT * _SLAB_ROWS * (slab + n_columns * stored.itemsize)
+        rows = min(_SLAB_ROWS, self.rows)
+        return READS_IN_FLIGHT * rows * (slab + n_columns * stored.itemsize)
 
     def require(self, columns: I64) -> None:
         del columns

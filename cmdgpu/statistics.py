@@ -18,8 +18,6 @@ from cmdgpu.store.parameter_map import ParameterMap
 FIELDS: Final = ("count", "ss", "rss", "abs_corr", "corr2", "below_quantisation")
 N_BINS: Final = 256
 QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
-_GRANULE: Final = 1 << 14
-"""Rows taken at once, counted from the segment's first: float64 copies of them stay in the cache."""
 _FIRST_MODE: Final = 2
 """Classes: 0 non-finite, 1 constant, then the modes."""
 
@@ -45,37 +43,32 @@ def unit_statistics(
     n_snapshots: int,
     epsilon: float,
 ) -> UnitStatistics:
-    """Statistics of the rows [first_row, first_row + len(mode)).
+    """Statistics of the rows [first_row, first_row + len(mode)): ``class_sums`` of every segment.
 
-    rss = ss (1 - corr^2), the squared error of the row's fit. A row is below quantisation when
-    ss <= T (4 eps mean)^2, eps of the stored type: its correlation is rounding noise.
+    ``epsilon`` is that of the stored type: below it a row's correlation is rounding noise.
     """
+    from cmdgpu import ops  # brings torch, which who only reads results does without
+
     n_modes = len(reference_means)
     segments = parameter_map.segments(first_row, first_row + len(mode))
     sums = np.zeros((len(segments), len(FIELDS), _FIRST_MODE + n_modes))
-    histogram = np.zeros(n_modes * N_BINS, dtype=np.int64)
-    # without modes, the one entry that the sentinels' clipped index finds
-    means = reference_means if n_modes else np.zeros(1)
+    histogram = np.zeros((n_modes, N_BINS), dtype=np.int64)
     for s, segment in enumerate(segments):
+        rows = slice(segment.start - first_row, segment.stop - first_row)
         is_parameter = parameter_map.tensors[segment.tensor].kind == "parameter"
-        for start in range(segment.start - first_row, segment.stop - first_row, _GRANULE):
-            rows = slice(start, min(start + _GRANULE, segment.stop - first_row))
-            classes = mode[rows].astype(np.int64) + _FIRST_MODE
-            lost = classes == 0
-            abs_corr = np.abs(correlation[rows].astype(np.float64))
-            corr2 = abs_corr**2
-            energy = np.where(lost, 0.0, ss[rows].astype(np.float64))
-            mean = b[rows].astype(np.float64) + a[rows].astype(np.float64) * means[np.maximum(mode[rows], 0)]
-            below = (classes >= _FIRST_MODE) & (energy <= n_snapshots * (4.0 * epsilon * mean) ** 2)
-            weights = (None, energy, energy * (1.0 - corr2), abs_corr, corr2, below.astype(np.float64))
-            for f, weight in enumerate(weights):
-                sums[s, f] += np.bincount(classes, weights=weight, minlength=sums.shape[2])
-            if is_parameter and n_modes:
-                bins = np.minimum((N_BINS * (1.0 - np.sqrt(1.0 - abs_corr))).astype(np.int64), N_BINS - 1)
-                labelled = classes >= _FIRST_MODE
-                place = (classes[labelled] - _FIRST_MODE) * N_BINS + bins[labelled]
-                histogram += np.bincount(place, minlength=len(histogram))
-    return UnitStatistics(sums, histogram.reshape(n_modes, N_BINS))
+        ops.class_sums(
+            mode[rows],
+            a[rows],
+            b[rows],
+            correlation[rows],
+            ss[rows],
+            reference_means=reference_means,
+            n_snapshots=n_snapshots,
+            epsilon=epsilon,
+            sums=sums[s],
+            histogram=histogram if is_parameter else None,
+        )
+    return UnitStatistics(sums, histogram)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any, cast
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c as checksum
 
 from cmdgpu.notation import U8, AnyArray
 from cmdgpu.store import durable
@@ -27,8 +26,7 @@ class ChunkDamage(Exception):
 
 def crc32c(values: AnyArray) -> bytes:
     """The four bytes that follow ``values`` in a chunk file. ``values`` is contiguous."""
-    checksum: int = cast(Any, google_crc32c).value(values.reshape(-1).view(np.uint8))
-    return checksum.to_bytes(CRC_BYTES, "little")
+    return checksum(bytes_of(values)).to_bytes(CRC_BYTES, "little")
 
 
 def write_chunk(directory: Path, name: str, values: AnyArray) -> bytes:
@@ -116,7 +114,7 @@ def check_chunk(path: Path, n_bytes: int, buffer: U8) -> bytes:
             got = os.preadv(fd, [bytes_of(buffer[: n_bytes - done])], done)
             if got == 0:
                 raise ChunkDamage("shrank while it was read")
-            crc = cast(Any, google_crc32c).extend(crc, buffer[:got])
+            crc = checksum(bytes_of(buffer[:got]), crc)
             done += got
         carried = os.pread(fd, CRC_BYTES, n_bytes)
     except OSError as error:

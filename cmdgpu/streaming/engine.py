@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from cmdgpu import ops
+from cmdgpu.errors import MemoryLimitError
 from cmdgpu.notation import I64
 from cmdgpu.progress import Progress
 from cmdgpu.results import Frame, ResultWriter, result_bytes, statistics_bytes
 from cmdgpu.sources import Source
 from cmdgpu.store import format as fmt
 from cmdgpu.streaming.device import Pending, make_device
+from cmdgpu.streaming.direct import fitted_units, threads_for
 from cmdgpu.streaming.passes import AssignAndFit, workspace_bytes
-from cmdgpu.streaming.plan import Plan, plan_pass
+from cmdgpu.streaming.plan import WRITES_IN_FLIGHT, Plan, plan_direct, plan_pass
 from cmdgpu.streaming.reader import Block, BlockReader
 
 
@@ -44,17 +50,36 @@ def plan_for(
     n_snapshots = len(frame.steps)
     statistics = statistics_bytes(frame, n_modes)
     kept = result_bytes(frame.n_rows, n_modes, n_snapshots) + frame.n_units * statistics if in_memory else 0
-    return plan_pass(
-        n_units=frame.n_units,
-        rows=frame.rows,
-        n_snapshots=n_snapshots,
-        itemsize=fmt.storage(source.dtype).numpy.itemsize,
-        fixed_bytes=workspace_bytes(source.dtype, n_snapshots, n_modes, device)
-        + source.fill_bytes(n_snapshots)
-        + 3 * statistics  # of the unit in hand, as it is taken, written and summed
-        + kept,
-        limit_bytes=limit_bytes,
-    )
+    written = (WRITES_IN_FLIGHT + 2) * statistics  # of units as they are taken, written and summed
+    itemsize = fmt.storage(source.dtype).numpy.itemsize
+    refused: MemoryLimitError | None = None
+    if threads := threads_for(source, n_snapshots, n_modes, device):
+        try:
+            return plan_direct(
+                n_units=frame.n_units,
+                rows=frame.rows,
+                itemsize=itemsize,
+                threads=threads,
+                fixed_bytes=written + kept,
+                thread_bytes=ops.files_workspace_bytes(source.dtype, n_snapshots, n_modes, 1),
+                limit_bytes=limit_bytes,
+            )
+        except MemoryLimitError as error:
+            refused = error  # with few snapshots slots are smaller
+    workspace = workspace_bytes(source.dtype, n_snapshots, n_modes, device)
+    try:
+        return plan_pass(
+            n_units=frame.n_units,
+            rows=frame.rows,
+            n_snapshots=n_snapshots,
+            itemsize=itemsize,
+            fixed_bytes=workspace + source.fill_bytes(n_snapshots) + written + kept,
+            limit_bytes=limit_bytes,
+        )
+    except MemoryLimitError as error:
+        if refused is None or error.needed_bytes < refused.needed_bytes:
+            raise
+        raise refused from error
 
 
 def run_pass(
@@ -68,41 +93,53 @@ def run_pass(
 ) -> PassReport:
     """Every unit that is not done yet: read, computed, written, ticked off.
 
-    A unit is written behind the next one's computation, one at a time; an error of reading or writing
+    Units are written behind the next ones' computation, a few at a time; an error of reading or writing
     surfaces here, with every unit ticked off before it kept.
     """
     frame = work.frame
     unit_bytes = frame.rows * len(columns) * fmt.storage(source.dtype).numpy.itemsize
     missing = [unit for unit in range(frame.n_units) if not writer.is_done(unit)]
-    blocks = _runs(missing, plan.units_per_block)
-    engine = make_device(device)
-    width = plan.units_per_block * frame.rows
-    slots = [engine.host_slot(len(columns), width, source.dtype) for _ in range(min(plan.slots, len(blocks)))]
     started, bytes_read = time.perf_counter(), 0
     progress.begin("fit", unit_bytes * frame.n_units)
     progress.advance(unit_bytes * (frame.n_units - len(missing)))
+    if plan.threads:
+        units = fitted_units(source, columns, work, missing, plan.threads)
+    else:
+        units = _through_slots(source, columns, work, missing, plan, device)
     try:
-        with _WriteBehind() as behind, BlockReader(source, columns, blocks, slots) as reader:
-
-            def settle(block: Block, pending: Pending) -> None:
-                outputs = pending.outputs()
-                reader.release(block)
-                for unit, output in zip(range(block.first, block.stop), outputs, strict=True):
-                    behind.write(writer, unit, work, output)
-                    progress.advance(unit_bytes)
-
-            under_way: deque[tuple[Block, Pending]] = deque()
-            for block in reader:
-                bytes_read += block.n_bytes
-                pending = engine.submit(block, frame.rows, source.dtype, work.compute)
-                under_way.append((block, pending))
-                if len(under_way) > engine.ahead:
-                    settle(*under_way.popleft())
-            while under_way:
-                settle(*under_way.popleft())
+        with _WriteBehind() as behind, contextlib.closing(units):
+            for unit, output, n_bytes in units:
+                bytes_read += n_bytes
+                behind.write(writer, unit, work, output)
+                progress.advance(unit_bytes)
     finally:
         progress.end()
     return PassReport(plan, frame.n_units - len(missing), bytes_read, time.perf_counter() - started)
+
+
+def _through_slots(
+    source: Source, columns: I64, work: AssignAndFit, missing: list[int], plan: Plan, device: torch.device
+) -> Generator[tuple[int, tuple[Tensor, ...], int]]:
+    """(unit, its outputs, bytes read) in order: blocks are read into host slots while others are computed."""
+    blocks = _runs(missing, plan.units_per_block)
+    engine = make_device(device)
+    width = plan.units_per_block * plan.rows
+    slots = [engine.host_slot(len(columns), width, source.dtype) for _ in range(min(plan.slots, len(blocks)))]
+    with BlockReader(source, columns, blocks, slots) as reader:
+
+        def settle(block: Block, pending: Pending) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
+            outputs = pending.outputs()
+            reader.release(block)
+            for unit, output in zip(range(block.first, block.stop), outputs, strict=True):
+                yield unit, output, block.n_bytes if unit == block.first else 0
+
+        under_way: deque[tuple[Block, Pending]] = deque()
+        for block in reader:
+            under_way.append((block, engine.submit(block, plan.rows, source.dtype, work.compute)))
+            if len(under_way) > engine.ahead:
+                yield from settle(*under_way.popleft())
+        while under_way:
+            yield from settle(*under_way.popleft())
 
 
 def _runs(units: list[int], longest: int) -> list[tuple[int, int]]:
@@ -117,33 +154,30 @@ def _runs(units: list[int], longest: int) -> list[tuple[int, int]]:
 
 
 class _WriteBehind:
-    """One unit's statistics and writes at a time, in a thread, while the next unit is computed."""
+    """Statistics and writes of a few units at a time, in threads, while the next units are computed.
+
+    A write waits for the disk to acknowledge it; several waits at once cost little more than one.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cmdgpu-write-behind")
-        self._writing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(WRITES_IN_FLIGHT, thread_name_prefix="cmdgpu-write-behind")
+        self._writing: deque[Future[None]] = deque()
 
-    def write(
-        self, writer: ResultWriter, unit: int, work: AssignAndFit, outputs: tuple[torch.Tensor, ...]
-    ) -> None:
-        self.settle()
+    def write(self, writer: ResultWriter, unit: int, work: AssignAndFit, outputs: tuple[Tensor, ...]) -> None:
+        while len(self._writing) >= WRITES_IN_FLIGHT:
+            self._writing.popleft().result()
 
         def conclude() -> None:
             writer.write(unit, *work.conclude(unit, outputs))
 
-        self._writing = self._pool.submit(conclude)
-
-    def settle(self) -> None:
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        self._writing.append(self._pool.submit(conclude))
 
     def __enter__(self) -> _WriteBehind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
-            if kind is None:
-                self.settle()
+            while kind is None and self._writing:
+                self._writing.popleft().result()
         finally:
             self._pool.shutdown()

@@ -16,6 +16,8 @@ _RESERVED: Final = 16 << 20
 """Stacks of the reading and writing threads, file buffers, the interpreter's own growth."""
 _OUTPUT_ROW_BYTES: Final = 18
 """mode 2, a 4, b 4, correlation 4, ss 4."""
+WRITES_IN_FLIGHT: Final = 4
+"""Units whose results are on their way to the disk, each held twice: as computed and as it is written."""
 _SLOTS: Final = (3, 2)
 """Host slots, best first: one is computed on while the others fill."""
 
@@ -24,16 +26,48 @@ _SLOTS: Final = (3, 2)
 class Plan:
     units_per_block: int
     slots: int
+    """Host slots that blocks are read into; none when the pass goes straight from files."""
     needed_bytes: int
     """Host memory of the pass."""
     limit_bytes: int
     n_units: int
     rows: int
+    threads: int = 0
+    """Units that are read and fitted at a time, straight from files; 0 for a pass through slots."""
 
     def blocks(self) -> list[tuple[int, int]]:
         """[first, stop) units of every block, in order."""
         step = self.units_per_block
         return [(i, min(i + step, self.n_units)) for i in range(0, self.n_units, step)]
+
+
+def plan_direct(
+    *,
+    n_units: int,
+    rows: int,
+    itemsize: int,
+    threads: int,
+    fixed_bytes: int,
+    thread_bytes: int,
+    limit_bytes: int,
+) -> Plan:
+    """As many threads as fit the limit, up to ``threads``.
+
+    needed = reserved + fixed + threads * (kernel's + rows * itemsize)
+             + (2 * threads + 1 + 2 * writes) * rows * outputs
+
+    A chunk for each thread, should a file be wrong; outputs under way, finished, and twice as they are
+    written. Raises MemoryLimitError with both numbers when one thread does not fit.
+    """
+
+    def needed(threads: int) -> int:
+        outputs = (2 * threads + 1 + 2 * WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
+        return _RESERVED + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
+
+    for fewer in range(threads, 0, -1):
+        if needed(fewer) <= limit_bytes:
+            return Plan(1, 0, needed(fewer), limit_bytes, n_units, rows, fewer)
+    raise _refusal(f"one unit ({rows} rows, straight from its files)", needed(1), limit_bytes, "")
 
 
 def plan_pass(
@@ -48,7 +82,7 @@ def plan_pass(
     """The largest sensible blocks within the limit.
 
     needed = reserved + fixed + slots * T * (units * rows + padding) * itemsize
-             + units * rows * outputs + 2 * rows * outputs
+             + units * rows * outputs + writes * 2 * rows * outputs
 
     ``fixed_bytes`` is what does not grow with the block: the kernel's workspace, a reader's own buffers,
     results kept in memory. Raises MemoryLimitError with both numbers when one unit in two slots does not fit.
@@ -57,7 +91,7 @@ def plan_pass(
     def needed(units: int, slots: int) -> int:
         width = units * rows
         slot = n_snapshots * (width + SLOT_PADDING) * itemsize
-        waiting = 2 * rows * _OUTPUT_ROW_BYTES
+        waiting = WRITES_IN_FLIGHT * 2 * rows * _OUTPUT_ROW_BYTES
         return _RESERVED + fixed_bytes + slots * slot + width * _OUTPUT_ROW_BYTES + waiting
 
     unit_bytes = max(n_snapshots * rows * itemsize, 1)
@@ -66,9 +100,15 @@ def plan_pass(
         for units in range(wanted, 0, -1):
             if needed(units, slots) <= limit_bytes:
                 return Plan(units, slots, needed(units, slots), limit_bytes, n_units, rows)
-    smallest = needed(1, _SLOTS[-1])
-    raise MemoryLimitError(
-        f"the smallest block ({rows} rows x {n_snapshots} snapshots, {_SLOTS[-1]} slots) needs "
-        f"{show_bytes(smallest)}, the memory limit is {show_bytes(limit_bytes)}",
-        hint=f"give {-(-smallest // (1 << 20))}MiB or more, or select fewer snapshots (--stride 2)",
+    what = f"the smallest block ({rows} rows x {n_snapshots} snapshots, {_SLOTS[-1]} slots)"
+    fewer = ", or select fewer snapshots (--stride 2)"
+    raise _refusal(what, needed(1, _SLOTS[-1]), limit_bytes, fewer)
+
+
+def _refusal(what: str, needed: int, limit: int, otherwise: str) -> MemoryLimitError:
+    error = MemoryLimitError(
+        f"{what} needs {show_bytes(needed)}, the memory limit is {show_bytes(limit)}",
+        hint=f"give {-(-needed // (1 << 20))}MiB or more{otherwise}",
     )
+    error.needed_bytes = needed
+    return error

@@ -26,12 +26,19 @@ from cmdgpu_kernels.assignment import (
     choose,
     workspace_bytes,
 )
+from cmdgpu_kernels.assignment.from_files import can_fit_files, files_workspace_bytes, fit_files
+from cmdgpu_kernels.class_sums import class_sums
 from cmdgpu_kernels.dispatch import Implementation, NoKernelError, Problem
+from cmdgpu_kernels.gram import Gram, gram_matrix, gram_matrix_reference
 from cmdgpu_kernels.references import References, prepare_references
 
 __all__ = [
     "assign_and_fit",
     "prepare_references",
+    "class_sums",
+    "can_fit_files",
+    "fit_files",
+    "files_workspace_bytes",
     "workspace_bytes",
     "References",
     "RowFit",
@@ -42,4 +49,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "assign_and_fit_reference",
     "ReferenceFit",
+    "gram_matrix",
+    "Gram",
+    "gram_matrix_reference",
 ]

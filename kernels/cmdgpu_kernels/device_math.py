@@ -1,4 +1,4 @@
-"""Device functions for kernels on time-major blocks: every thread owns whole rows.
+"""Device functions that kernels share.
 
 Imported only where triton is.
 """
@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_rows", "merge_moments", "spread_pivot", "sum_partial", "zeros"]
+__all__ = [
+    "load_rows",
+    "merge_moments",
+    "round_split_tf32",
+    "split_tf32",
+    "spread_pivot",
+    "sum_partial",
+    "zeros",
+]
 
 
 @triton.jit
@@ -84,12 +92,26 @@ def sum_partial(
 
 
 @triton.jit
-def merge_moments(s1, s2, seen, mean, ss, STEPS: tl.constexpr):
+def merge_moments(s1, s2, seen, mean, ss, steps):
     """Mean and centred sum of squares with one more partial, and that partial's mean; all from one pivot."""
-    mean_x = tl.div_rn(s1, STEPS * 1.0)
+    mean_x = tl.div_rn(s1, steps * 1.0)
     gap = mean_x - mean
-    share = STEPS / (seen + STEPS)
+    share = steps / (seen + steps)
     mean = tl.fma(gap, share, mean)
     ss += tl.fma(-s1, mean_x, s2)
     ss = tl.fma(gap * gap, seen * share, ss)
     return mean, ss, mean_x
+
+
+@triton.jit
+def split_tf32(x):
+    """x = high + low, exactly; high holds the 11 bits that a tensor core reads. NaN and inf stay so."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def round_split_tf32(x):
+    """The same with high rounded to nearest: low is half as large and has either sign. For finite x."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Implementation", "NoKernelError", "Problem", "choose"]
+__all__ = ["Implementation", "NoKernelError", "Problem", "choose", "named"]
 
 Run = TypeVar("Run")
 
@@ -24,7 +24,7 @@ class Problem:
     snapshots: int
     """T, the columns of the trajectory."""
     modes: int
-    """M, the reference profiles; 0 is legal."""
+    """M, the reference profiles; 0 is legal, and what an operation without references says."""
     device: str
     """Device type: ``cpu``, ``cuda``, ..."""
     time_major: bool = True
@@ -59,3 +59,13 @@ def choose(
         refusals[candidate.name] = reasons
     lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals.items()]
     raise NoKernelError("\n".join([f"{operation}: no kernel accepts {problem}", *lines]))
+
+
+def named(
+    operation: str, implementations: Sequence[Implementation[Run]], name: str | None
+) -> list[Implementation[Run]]:
+    """The one of that name, or all of them for None. Raises ValueError for a name that is not there."""
+    names = [candidate.name for candidate in implementations]
+    if name is not None and name not in names:
+        raise ValueError(f"no implementation of {operation} named {name!r}; have: {', '.join(names)}")
+    return [candidate for candidate in implementations if name in (None, candidate.name)]

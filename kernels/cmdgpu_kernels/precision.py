@@ -1,4 +1,4 @@
-"""Full float32 matrix products, whatever precision the caller allows for his own.
+"""Full float32 matrix products, whatever precision the caller allows for his own, and what tensor cores need.
 
 ``torch.set_float32_matmul_precision("medium")`` makes a CPU with bfloat16 units round every product to 8
 bits, and "high" does it with TF32 on a GPU; both would move correlations by 1e-3 and more.
@@ -11,9 +11,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-__all__ = ["exact_matmul"]
+__all__ = ["exact_matmul", "split_tf32"]
 
 _lock = threading.Lock()
 _passes: dict[str, int] = {}
@@ -48,3 +50,13 @@ def exact_matmul(device: str) -> Generator[None]:
                 setting.fp32_precision = "none"
                 if setting.fp32_precision != found:
                     setting.fp32_precision = found
+
+
+def split_tf32(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Two parts of 11 bits each, as tensor cores read them, rounded to nearest; high + low keeps 22 bits."""
+
+    def rounded(part: NDArray[np.float32]) -> NDArray[np.float32]:
+        return ((part.view(np.int32) + 0x1000) & ~0x1FFF).view(np.float32)
+
+    high = rounded(values)
+    return high, rounded(values - high)

@@ -527,11 +527,26 @@ def _always(document: Any) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _careful(change: contextlib.AbstractContextManager[Any]) -> Generator[None]:
+    """The change, and no compiled reader beside it, which has checks of its own."""
+
+    def no_threads(*_: object) -> int:
+        return 0
+
+    with (
+        patch("cmdgpu.ops.files.can_read", lambda: False),
+        patch("cmdgpu.streaming.engine.threads_for", no_threads),
+        change,
+    ):
+        yield
+
+
 MUTANTS: Final[dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
     "I: no self-digest": lambda: patch.object(fmt, "is_sealed", _always),
-    "J: no digest of a column": lambda: patch.object(StoreView, "_first_contact", _any_crcs),
-    "K: no size, no type": lambda: patch("cmdgpu.store.chunks._open", _open_anything),
-    "M: no CRC": lambda: patch("cmdgpu.store.view.read_chunk", _unchecked_chunk),
+    "J: no digest of a column": lambda: _careful(patch.object(StoreView, "_first_contact", _any_crcs)),
+    "K: no size, no type": lambda: _careful(patch("cmdgpu.store.chunks._open", _open_anything)),
+    "M: no CRC": lambda: _careful(patch("cmdgpu.store.view.read_chunk", _unchecked_chunk)),
     "no done record": lambda: patch.object(Ledger, "crcs", _any_unit),
     "no CRC of a unit": lambda: patch("cmdgpu.results.ledger.read_chunk", _unchecked_chunk),
 }

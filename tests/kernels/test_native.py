@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,14 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cmdgpu_kernels import IMPLEMENTATIONS, Problem, assign_and_fit, assign_and_fit_reference, choose, limits
-from cmdgpu_kernels.assignment import native_impl, torch_impl
+from cmdgpu_kernels import (
+    IMPLEMENTATIONS,
+    Problem,
+    assign_and_fit,
+    assign_and_fit_reference,
+    can_fit_files,
+    choose,
+    fit_files,
+    limits,
+    prepare_references,
+)
+from cmdgpu_kernels.assignment import from_files, native_impl, torch_impl
+from cmdgpu_kernels.class_sums import FIELDS as SUMS
+from cmdgpu_kernels.class_sums import IMPLEMENTATIONS as SUMMING
+from cmdgpu_kernels.class_sums import N_BINS, class_sums, reference
+from cmdgpu_kernels.class_sums import native_impl as sums_impl
+from cmdgpu_kernels.native import files, library
+from crc32c import crc32c
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROBLEM = Problem("float32", 9, 2, "cpu")
 ON_CPU = [i.name for i in IMPLEMENTATIONS if not i.refusals(PROBLEM) and i.name != "triton-interpreted"]
-HERE = [path for path in native_impl.PATHS if not native_impl.refusals(path, PROBLEM)]
+HERE = [path for path in library.PATHS if not native_impl.refusals(path, PROBLEM)]
 native = pytest.mark.skipif(not HERE, reason="no compiled kernel here: see `cmdgpu doctor`")
 FIELDS = ("mode", "a", "b", "correlation", "ss", "margin")
 
@@ -36,11 +53,11 @@ def hook() -> Any:
 @pytest.fixture
 def libraries(tmp_path: Path, hook: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty place for them, where hook and kernel look; what is known of this machine is forgotten."""
-    monkeypatch.setattr(hook, "LIBRARIES", tmp_path / "_native")
-    monkeypatch.setattr(native_impl, "LIBRARIES", tmp_path / "_native")
-    for cached in ("_absent", "_library"):
-        monkeypatch.setattr(native_impl, cached, getattr(native_impl, cached).__wrapped__)
-    return tmp_path / "_native"
+    monkeypatch.setattr(hook, "LIBRARIES", tmp_path / "lib")
+    monkeypatch.setattr(library, "LIBRARIES", tmp_path / "lib")
+    for cached in ("_absent", "load"):
+        monkeypatch.setattr(library, cached, getattr(library, cached).__wrapped__)
+    return tmp_path / "lib"
 
 
 def walks(snapshots: int, rows: int, modes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,11 +86,11 @@ def test_an_install_without_a_compiler_leaves_the_reason_and_torch_serves(
     assert hook.compile_all() == []
     chosen, refused = choose(PROBLEM)
     assert chosen.name == "torch"
-    for path in native_impl.PATHS:
+    for path in library.PATHS:
         (reason,) = refused[f"native-{path}"]
         assert said in reason, reason
     (libraries / "report.txt").unlink()
-    assert "built without a compiled kernel" in choose(PROBLEM)[1]["native-avx2"][0]
+    assert "built without compiled kernels" in choose(PROBLEM)[1]["native-avx2"][0]
 
 
 @native
@@ -97,7 +114,7 @@ def test_a_library_of_another_source_is_not_used(
     assert "baseline" in hook.compile_all()
     assert "another native.cpp: install cmdgpu again" in native_impl.refusals("baseline", PROBLEM)[0]
     (libraries / "avx2.so").write_bytes(b"no library")
-    monkeypatch.setattr(native_impl, "_features", lambda: native_impl.PATHS["avx2"])
+    monkeypatch.setattr(library, "_features", lambda: library.PATHS["avx2"])
     assert "cannot be loaded" in native_impl.refusals("avx2", PROBLEM)[0]
 
 
@@ -107,23 +124,33 @@ def test_a_cpu_without_the_instructions_is_refused_by_name(
 ) -> None:
     if "avx2" not in hook.compile_all():
         pytest.skip("no x86-64")
-    monkeypatch.setattr(native_impl, "_features", lambda: native_impl.PATHS["avx2"] - {"fma"})
+    monkeypatch.setattr(library, "_features", lambda: library.PATHS["avx2"] - {"fma"})
     assert native_impl.refusals("avx2", PROBLEM) == ("this CPU lacks fma",)
     assert native_impl.refusals("baseline", PROBLEM) == ()
 
 
 def test_the_source_and_the_python_side_agree_on_the_constants() -> None:
-    source = native_impl.SOURCE.read_text()
+    source = library.SOURCE.read_text()
     for name in ("PARTIAL", "CONSTANT", "NOT_FINITE"):
         found = re.search(rf"\b{name} = (-?\d+)", source)
         assert found is not None and int(found[1]) == getattr(limits, name), name
     assert f"{limits.SMALLEST_SS:.0e}" == "1e-38" and "0x1p-126f" in source
     assert np.float32("3.40282347e38") == np.float32(limits.LARGEST_SS)
     assert f"sweep<{native_impl.WIDEST}>" in source and f"sweep<{native_impl.WIDEST + 1}>" not in source
-    fields = [field[0] for field in native_impl._Arguments._fields_]  # pyright: ignore[reportPrivateUsage]
-    body = source[source.index("struct Arguments") : source.index("inline Vector splat")]
-    declared = re.findall(r"(\w+)(?=[,;])", re.sub(r"//.*", "", body))
-    assert declared == fields
+    structs: list[tuple[str, Any]] = [
+        ("Arguments", native_impl._Arguments),  # pyright: ignore[reportPrivateUsage]
+        ("SumArguments", sums_impl._Arguments),  # pyright: ignore[reportPrivateUsage]
+        ("Files", files.Files),
+        ("Pieces", from_files._Pieces),  # pyright: ignore[reportPrivateUsage]
+    ]
+    for struct, declared in structs:  # pyright: ignore[reportPrivateUsage]
+        body = re.search(rf"struct {struct} \{{(.*?)\n\}};", source, re.DOTALL)
+        assert body is not None
+        names = re.findall(r"(\w+)(?=[,;])", re.sub(r"//.*", "", body[1]))
+        assert names == [field[0] for field in declared._fields_], struct
+    for name, value in (("FIRST_MODE", reference.FIRST_MODE), ("N_BINS", N_BINS), ("FIELDS", len(SUMS))):
+        assert f"{name} = {value}" in source, name
+    assert reference.GRANULE == 1 << 14 and "GRANULE = 1 << 14" in source
 
 
 # ---- computing --------------------------------------------------------------------------------------------
@@ -233,3 +260,151 @@ def test_nothing_beyond_the_last_row_is_read(path: str) -> None:
         [sys.executable, "-c", _GUARDED, f"native-{path}"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-500:]
+
+
+# ---- straight from files ----------------------------------------------------------------------------------
+
+READING = [path for path in HERE if can_fit_files(f"native-{path}")]
+SIZES = [0, 1, 7, 8, 9, 12_287, 12_288, 12_293, 262_143, 262_144, 262_145, 1_000_003]
+
+
+def put(file: Path, values: bytes) -> bytes:
+    """A file of elements and their CRC, which is returned."""
+    crc = crc32c(values).to_bytes(4, "little")
+    file.write_bytes(values + crc)
+    return crc
+
+
+@pytest.mark.skipif(not files.can_read(), reason="no compiled kernel that reads files")
+@pytest.mark.parametrize("n_bytes", SIZES)
+def test_files_of_any_size_are_read_into_their_place_and_checked(tmp_path: Path, n_bytes: int) -> None:
+    values = np.random.default_rng(n_bytes).integers(0, 256, n_bytes).astype(np.uint8)
+    kept = [put(tmp_path / name, values.tobytes()) for name in ("a", "b", "c")]
+    places = [np.zeros(n_bytes, np.uint8) for _ in kept]
+    assert files.read_checked(str(tmp_path), ["a", "b", "c"], n_bytes, places, kept) == []
+    assert all(np.array_equal(place, values) for place in places)
+    assert files.read_tails(str(tmp_path), ["a", "b", "c"], n_bytes) == kept
+
+
+def _damage(how: str, file: Path, n_bytes: int) -> None:
+    raw = bytearray(file.read_bytes())
+    match how:
+        case "gone":
+            file.unlink()
+        case "short":
+            file.write_bytes(raw[:-1])
+        case "long":
+            file.write_bytes(raw + b"x")
+        case "a flipped bit":
+            raw[n_bytes // 2] ^= 4
+            file.write_bytes(raw)
+        case "a flipped bit of the CRC":
+            raw[-1] ^= 1
+            file.write_bytes(raw)
+        case "another whole file":
+            put(file, bytes(n_bytes))
+        case "a link":
+            file.rename(file.with_name("elsewhere"))
+            file.symlink_to("elsewhere")
+        case _:
+            file.unlink()
+            os.mkfifo(file)
+
+
+DAMAGES = [
+    "gone", "short", "long", "a flipped bit", "a flipped bit of the CRC", "another whole file", "a link",
+    "a FIFO",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_file_that_is_not_what_was_kept_is_told_from_the_others(tmp_path: Path, how: str) -> None:
+    W, R = walks(5, 3000, 2)
+    names = [str(t) for t in range(5)]
+    kept = [put(tmp_path / name, w.numpy().tobytes()) for name, w in zip(names, W, strict=True)]
+    references = prepare_references(R)
+    call = ("float32", references, str(tmp_path), names, 12_000, kept, 3000)
+    assert fit_files(f"native-{READING[0]}", *call) is not None
+    _damage(how, tmp_path / "3", 12_000)
+    places = [np.zeros(3000, np.float32) for _ in names]
+    assert files.read_checked(str(tmp_path), names, 12_000, places, kept) == [3]
+    assert np.array_equal(places[4], W[4].numpy())
+    assert fit_files(f"native-{READING[0]}", *call) is None
+    tails = files.read_tails(str(tmp_path), names, 12_000)
+    assert tails == kept if how == "a flipped bit" else tails != kept
+
+
+@pytest.mark.parametrize("path", READING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("snapshots", "rows", "live"),
+    [(3, 512, 300), (100, 40_960, 40_960), (40, 30_000, 29_999), (2000, 1024, 77)],
+)
+def test_rows_straight_from_files_have_the_bits_of_a_block(
+    tmp_path: Path, path: str, dtype: torch.dtype, snapshots: int, rows: int, live: int
+) -> None:
+    exact, R = walks(snapshots, rows, 8)
+    W = exact.to(dtype)
+    names = [f"c.{t}" for t in range(snapshots)]
+    raw = [w.view(torch.uint8).numpy().tobytes() for w in W]
+    kept = [put(tmp_path / name, values) for name, values in zip(names, raw, strict=True)]
+    name = str(dtype).removeprefix("torch.")
+    references = prepare_references(R)
+    fit = fit_files(f"native-{path}", name, references, str(tmp_path), names, len(raw[0]), kept, live, names)
+    block = assign_and_fit(W[:, :live], references, implementation=f"native-{path}")
+    assert fit is not None
+    for field in FIELDS[:-1]:
+        assert torch.equal(getattr(fit, field), getattr(block, field)), field
+
+
+# ---- sums by class ----------------------------------------------------------------------------------------
+
+
+def fitted(rows: int, modes: int, seed: int = 0) -> dict[str, Any]:
+    """Fits of every class: modes, constant and non-finite rows, |corr| up to 1, means far from 0."""
+    rng = np.random.default_rng(seed)
+    mode = rng.integers(-2, modes, rows).astype(np.int16)
+    a, b = rng.standard_normal((2, rows)).astype(np.float32)
+    correlation = np.tanh(4 * rng.standard_normal(rows)).astype(np.float32)
+    correlation[:: max(rows // 7, 1)] = -1.0
+    correlation[mode < 0] = 0
+    ss = rng.exponential(1e-3, rows).astype(np.float32)
+    a[mode < 0] = 0
+    ss[mode == -1] = 0
+    b[mode == -2] = ss[mode == -2] = np.nan
+    return {"mode": mode, "a": a, "b": b, "correlation": correlation, "ss": ss}
+
+
+@pytest.mark.parametrize("name", [i.name for i in SUMMING if not i.refusals(PROBLEM)])
+@pytest.mark.parametrize("modes", [0, 1, 10, 500])
+@pytest.mark.parametrize("rows", [0, 1, 1000, 40_000])
+def test_every_implementation_gives_the_bits_of_the_sums_by_class(name: str, modes: int, rows: int) -> None:
+    rows_of = fitted(rows, modes)
+    means = np.linspace(-3, 3, modes)
+    answers: list[tuple[bytes, bytes]] = []
+    for implementation in ("numpy", name):
+        sums, histogram = np.full((len(SUMS), 2 + modes), 0.5), np.ones((modes, N_BINS), np.int64)
+        class_sums(
+            **rows_of,
+            reference_means=means,
+            n_snapshots=64,
+            epsilon=2.0**-10,
+            sums=sums,
+            histogram=histogram,
+            implementation=implementation,
+        )
+        answers.append((sums.tobytes(), histogram.tobytes()))
+        alone = np.zeros_like(sums)
+        class_sums(
+            **rows_of,
+            reference_means=means,
+            n_snapshots=64,
+            epsilon=2.0**-10,
+            sums=alone,
+            histogram=None,
+            implementation=implementation,
+        )
+        assert alone[0].sum() == rows and histogram.sum() - modes * N_BINS == (rows_of["mode"] >= 0).sum()
+        assert rows < 1000 or modes == 0 or 0 < alone[5].sum() < rows
+    assert answers[0] == answers[1]

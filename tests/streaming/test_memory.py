@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmdgpu import ops
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import MemoryLimitError
 from cmdgpu.memory import parse_bytes
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.slow
 PROLOGUE = """
 import json, sys
 from pathlib import Path
+from cmdgpu.streaming import engine
+if sys.argv[3:] == ["slots"]:
+    engine.threads_for = lambda *_: 0
 import numpy as np
 from cmdgpu.decomposition import CMD
 from cmdgpu.memory import MemoryMeter
@@ -57,8 +61,8 @@ def half_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measured(script: str, store: Path, out: Path) -> dict[str, Any]:
-    ended = end_of(start_child("-c", PROLOGUE + script, store, out))
+def measured(script: str, store: Path, out: Path, *route: str) -> dict[str, Any]:
+    ended = end_of(start_child("-c", PROLOGUE + script, store, out, *route))
     assert ended.code == 0, ended.err
     return json.loads(ended.out)
 
@@ -77,7 +81,7 @@ print(json.dumps({{
     "bits": [fit_bits(CMD.load(out / "out.zarr")), fit_bits(roomy)],
 }}))
 """
-    found = measured(script, half_gigabyte, tmp_path)
+    found = measured(script, half_gigabyte, tmp_path, "slots")
     said = found["said"]
     print(f"peak {found['peak'] / 2**20:.0f} MiB, planned {said['planned_bytes'] / 2**20:.0f} MiB")
     assert 2 * ROWS * T * 4 < found["peak"] < LIMIT, "two slots are held, and no more than the limit"
@@ -88,14 +92,31 @@ print(json.dumps({{
     assert said["rows_per_block"] < found["rows_per_block"], "the limits do not change the blocks"
 
 
-def test_a_fit_in_memory_counts_its_results_against_the_limit(half_gigabyte: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not ops.can_fit_files("float32", T, 10), reason="no compiled kernel that reads files")
+def test_a_fit_straight_from_files_holds_a_few_rows_of_every_snapshot(
+    half_gigabyte: Path, tmp_path: Path
+) -> None:
+    script = """
+with MemoryMeter(0.001) as meter:
+    cmd = CMD().fit(Trajectory.open(sys.argv[1]), out=out / "out.zarr", memory_limit="100MiB")
+print(json.dumps({"peak": meter.above_start_bytes, "planned": cmd.metrics_["planned_bytes"]}))
+"""
+    found = measured(script, half_gigabyte, tmp_path)
+    assert found["peak"] <= found["planned"] <= 100 << 20 < 2 * ROWS * T * 4
+
+
+@pytest.mark.parametrize("route", ["slots", "direct"])
+def test_a_fit_in_memory_counts_its_results_against_the_limit(
+    half_gigabyte: Path, tmp_path: Path, route: str
+) -> None:
     script = f"""
 with MemoryMeter(0.001) as meter:
     cmd = CMD().fit(Trajectory.open(sys.argv[1]), memory_limit={LIMIT})
 print(json.dumps({{"peak": meter.above_start_bytes, "planned": cmd.metrics_["planned_bytes"]}}))
 """
-    found = measured(script, half_gigabyte, tmp_path)
-    assert 14 * N + 2 * ROWS * T * 4 < found["planned"] < LIMIT
+    found = measured(script, half_gigabyte, tmp_path, route)
+    slots = 2 * ROWS * T * 4 if route == "slots" else 0
+    assert 14 * N + slots < found["planned"] < LIMIT
     assert found["peak"] <= found["planned"]
 
 
@@ -128,12 +149,13 @@ def test_a_limit_too_small_is_refused_before_anything_is_read_or_written(
         raise AssertionError("a chunk was read")
 
     monkeypatch.setattr("cmdgpu.store.view.StoreView.read_chunk", touched)
+    monkeypatch.setattr("cmdgpu.store.view.StoreView.contact", touched)
     monkeypatch.setattr("cmdgpu.store.view.StoreView.read_sketch", touched)
     out = tmp_path / "out.zarr"
     with pytest.raises(
-        MemoryLimitError, match=r"needs \S+ MB, the memory limit is 105 MB; give \d+MiB or more"
+        MemoryLimitError, match=r"needs \S+ MB, the memory limit is 41.9 MB; give \d+MiB or more"
     ):
-        CMD().fit(Trajectory.open(half_gigabyte), out=out, memory_limit="100MiB")
+        CMD().fit(Trajectory.open(half_gigabyte), out=out, memory_limit="40MiB")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(MemoryLimitError, match=r"clustering 5000 sampled rows needs .* sample fewer rows"):
         CMD(n_samples=5000).fit(Trajectory.open(half_gigabyte), out=out, memory_limit="100MiB")

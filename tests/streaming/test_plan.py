@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cmdgpu.errors import MemoryLimitError
 from cmdgpu.memory import parse_bytes, show_bytes
-from cmdgpu.streaming.plan import SLOT_PADDING, TARGET_BLOCK_BYTES, Plan, plan_pass
+from cmdgpu.streaming.plan import SLOT_PADDING, TARGET_BLOCK_BYTES, Plan, plan_direct, plan_pass
 
 PROBLEMS = st.fixed_dictionaries(
     {
@@ -91,3 +91,35 @@ def test_blocks_stop_growing_where_it_stops_paying(problem: dict[str, Any]) -> N
     block = plan.units_per_block * problem["rows"] * problem["n_snapshots"] * problem["itemsize"]
     assert block <= TARGET_BLOCK_BYTES or plan.units_per_block == 1
     assert plan.units_per_block <= max(problem["n_units"], 1)
+
+
+@given(
+    rows=st.sampled_from([256, 16384, 1 << 18, 1 << 20]),
+    threads=st.integers(1, 64),
+    fixed=st.integers(0, 1 << 30),
+    own=st.integers(0, 1 << 26),
+    limit=LIMITS,
+)
+def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_one_needs(
+    rows: int, threads: int, fixed: int, own: int, limit: int
+) -> None:
+    def plan(threads: int, limit: int) -> Plan:
+        return plan_direct(
+            n_units=9,
+            rows=rows,
+            itemsize=4,
+            threads=threads,
+            fixed_bytes=fixed,
+            thread_bytes=own,
+            limit_bytes=limit,
+        )
+
+    try:
+        found = plan(threads, limit)
+    except MemoryLimitError as error:
+        assert plan(threads, error.needed_bytes).threads == 1 and error.needed_bytes > limit
+        return
+    assert 1 <= found.threads <= threads and found.slots == 0
+    assert fixed + found.threads * (own + rows * (4 + 18)) < found.needed_bytes <= limit
+    if found.threads < threads:
+        assert plan(found.threads + 1, 1 << 60).needed_bytes > limit

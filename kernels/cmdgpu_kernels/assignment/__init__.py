@@ -13,6 +13,7 @@ from cmdgpu_kernels.assignment import native_impl, torch_impl, triton_impl
 from cmdgpu_kernels.assignment.reference import ReferenceFit, assign_and_fit_reference
 from cmdgpu_kernels.assignment.row_fit import RowFit
 from cmdgpu_kernels.dispatch import Implementation, Problem
+from cmdgpu_kernels.native import library
 from cmdgpu_kernels.references import References, prepare_references
 
 __all__ = [
@@ -43,7 +44,7 @@ IMPLEMENTATIONS: tuple[Implementation[Run], ...] = (
             partial(native_impl.refusals, path),
             native_impl.TOLERANCE,
         )
-        for path in native_impl.PATHS
+        for path in library.PATHS
     ),
     Implementation("torch", torch_impl.run, torch_impl.refusals, torch_impl.TOLERANCE),
     # Last, so that it runs only by name: it proves the kernel's logic where there is no GPU, a thousand
@@ -91,8 +92,8 @@ def assign_and_fit(
     W is (T, B) when ``time_major``, else (B, T), in float32, float16 or bfloat16, on any device; R_mt is
     (M, T), raw or prepared by ``prepare_references``. The equations and the rows that have no mode stand in
     ``assign_and_fit_reference``; here sums are float32 behind a pivot, on values converted exactly from
-    storage. Both layouts give the same bits. ``threads`` is the number of tiles in flight on the CPU (torch's
-    number of threads by default); it does not change a bit.
+    storage. Both layouts give the same bits on the CPU, each its own on a GPU. ``threads`` is the number of
+    tiles in flight on the CPU (torch's number of threads by default); it does not change a bit.
 
     Raises ValueError when W and R_mt disagree on T, NoKernelError when no implementation accepts W.
     """

@@ -1,7 +1,13 @@
-"""``assign_and_fit`` in Triton: what may run it, and its launch."""
+"""``assign_and_fit`` in Triton: what may run it, and its launches.
+
+Two kernels. Few references on a time-major block: one thread owns whole rows and multiplies by them one after
+the other. More of them, or a block whose rows are contiguous: tiles of rows x snapshots on tensor cores.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,31 +18,33 @@ from torch import Tensor
 from cmdgpu_kernels.assignment.row_fit import RowFit
 from cmdgpu_kernels.dispatch import Problem
 from cmdgpu_kernels.limits import PARTIAL
+from cmdgpu_kernels.precision import split_tf32
 from cmdgpu_kernels.references import References
-from cmdgpu_kernels.tuning import ASSIGN_AND_FIT
+from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, TileLaunch, TimeMajorLaunch, architecture, tiles_of
 
-__all__ = ["MAX_REFERENCES", "TOLERANCE", "refusals", "refusals_interpreted", "run"]
+__all__ = ["TOLERANCE", "refusals", "refusals_interpreted", "run"]
 
 
-def _kernels() -> tuple[Any, str | None]:
-    """The module of kernels, or why there is none. A triton that is there but broken is not hidden."""
+def _kernels() -> tuple[Any, Any, str | None]:
+    """The modules of kernels, or why there are none. A triton that is there but broken is not hidden."""
     try:
         import triton  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
     except ImportError as error:
-        return None, f"triton cannot be imported: {error}"
-    from cmdgpu_kernels.assignment import triton_kernel
+        return None, None, f"triton cannot be imported: {error}"
+    from cmdgpu_kernels.assignment import triton_kernel, triton_tile_kernel
 
-    return triton_kernel, None
+    return triton_kernel, triton_tile_kernel, None
 
 
-KERNELS, ABSENT = _kernels()
+KERNELS, TILE_KERNELS, ABSENT = _kernels()
 INTERPRETED: bool = ABSENT is None and KERNELS.INTERPRETED
 
-MAX_REFERENCES = 16
-"""Beyond it the multiply-adds take longer than reading W, and a matrix product is the better form."""
+COPIED = 64 * 2**20
+"""Bytes of a block that are copied at a time, where a kernel cannot read it as it lies."""
 
-TRANSPOSED = 64 * 2**20
-"""Bytes of a row-major block that are turned at a time."""
+ALIGNED = 16
+"""Bytes of a load at its widest. Its width decides which lane holds which snapshot, hence how a row is added
+up on tiles: a block that allows narrower ones is copied, so that a row has the same bits in either."""
 
 TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
 
@@ -63,62 +71,130 @@ def _refusals(problem: Problem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} (supported: {', '.join(ASSIGN_AND_FIT)})")
     if problem.modes == 0:
         reasons.append("no reference (torch fits rows without one)")
-    if problem.modes > MAX_REFERENCES:
-        reasons.append(
-            f"{problem.modes} references (at most {MAX_REFERENCES}; torch takes more, as a matrix product)"
-        )
+    if (problem.modes + 64) * (problem.snapshots + PARTIAL) >= 2**31:
+        reasons.append(f"{problem.modes} references of {problem.snapshots} snapshots pass 32-bit offsets")
     return reasons
 
 
 def run(W_tb: Tensor, references: References, *, margin: bool = False, threads: int | None = None) -> RowFit:
-    """Fit the rows of W_tb, (T, B) with any strides. ``threads`` means nothing here.
-
-    A block whose snapshots are not contiguous is turned in parts that bound the extra memory.
-    """
-    snapshots, rows = W_tb.shape
-    fit = RowFit.empty(rows, W_tb.device, margin=margin)
-    if W_tb.stride(1) == 1:
-        _launch(W_tb, references, fit, slice(0, rows))
-        return fit
-    block_rows = ASSIGN_AND_FIT[str(W_tb.dtype).removeprefix("torch.")].block_rows
-    part = max(TRANSPOSED // (snapshots * W_tb.element_size()) // block_rows, 1) * block_rows
-    for start in range(0, rows, part):
-        here = slice(start, min(start + part, rows))
-        _launch(W_tb[:, here].contiguous(), references, fit, here)
+    """Fit the rows of W_tb, (T, B) with any strides. ``threads`` means nothing here."""
+    fit = RowFit.empty(W_tb.shape[1], W_tb.device, margin=margin)
+    row_major = W_tb.stride(0) == 1 and W_tb.stride(1) != 1
+    distinct = len(references.distinct)
+    streamed = ASSIGN_AND_FIT[str(W_tb.dtype).removeprefix("torch.")]
+    with _on(W_tb.device):
+        if not row_major and distinct <= streamed.most:
+            for block_tb, here in _parts(W_tb, streamed.block_rows, padded=False):
+                _launch(block_tb, references, streamed, fit, here)
+            return fit
+        tiles, sweeps = tiles_of(
+            _architecture(W_tb.device),
+            W_tb.element_size(),
+            time_major=not row_major,
+            references=distinct,
+        )
+        cut = _row_major_parts if row_major else _parts
+        for block_tb, here in cut(W_tb, tiles.block_rows):
+            _launch_tiles(block_tb, references, tiles, sweeps, fit, here)
     return fit
 
 
-def _launch(W_tb: Tensor, references: References, fit: RowFit, here: slice) -> None:
-    """Fit the rows of W_tb into the outputs ``here``."""
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+
+
+def _architecture(device: torch.device) -> int:
+    """Of the launch table. The interpreter takes the one with the smallest tiles."""
+    return architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0))
+
+
+def _parts(W_tb: Tensor, block_rows: int, *, padded: bool = True) -> Iterator[tuple[Tensor, slice]]:
+    """W_tb as it lies, or in time-major copies that bound the extra memory; and the rows of each."""
     snapshots, rows = W_tb.shape
-    launch = ASSIGN_AND_FIT[str(W_tb.dtype).removeprefix("torch.")]
-    sweeps, count = launch.sweeps(len(references.distinct))
-    packed = _packed(references, sweeps * count, W_tb.device)
+    # What the compiled code is specialised for: a multiple of 16 elements between snapshots.
+    wide = W_tb.stride(0) % 16 == 0 and W_tb.data_ptr() % ALIGNED == 0
+    if W_tb.stride(1) == 1 and (wide or not padded):
+        yield W_tb, slice(0, rows)
+        return
+    part = max(COPIED // (snapshots * W_tb.element_size()) // block_rows, 1) * block_rows
+    copy = torch.empty(snapshots, min(part, -(-rows // 16) * 16), dtype=W_tb.dtype, device=W_tb.device)
+    for start in range(0, rows, part):
+        here = slice(start, min(start + part, rows))
+        yield copy[:, : here.stop - start].copy_(W_tb[:, here]), here
+
+
+def _row_major_parts(W_tb: Tensor, block_rows: int) -> Iterator[tuple[Tensor, slice]]:
+    """The same for contiguous rows: as they lie where each begins at 16 bytes, else in copies that do."""
+    snapshots, rows = W_tb.shape
+    step = ALIGNED // W_tb.element_size()
+    # A tile is addressed by 32 bits from its first element.
+    near = W_tb.stride(1) * block_rows < 2**31
+    if near and W_tb.stride(1) % step == 0 and W_tb.data_ptr() % ALIGNED == 0:
+        yield W_tb, slice(0, rows)
+        return
+    width = -(-snapshots // step) * step
+    part = max(COPIED // (width * W_tb.element_size()) // block_rows, 1) * block_rows
+    copy = torch.empty(min(part, rows), width, dtype=W_tb.dtype, device=W_tb.device).T[:snapshots]
+    for start in range(0, rows, part):
+        here = slice(start, min(start + part, rows))
+        yield copy[:, : here.stop - start].copy_(W_tb[:, here]), here
+
+
+def _outputs(fit: RowFit, here: slice) -> tuple[Tensor, ...]:
     correlation = fit.correlation[here]
-    on_device = torch.cuda.device(W_tb.device) if W_tb.device.type == "cuda" else torch.no_grad()
-    with on_device:
-        KERNELS.assign_and_fit_kernel[(-(-rows // launch.block_rows),)](
-            W_tb,
-            *packed,
-            fit.mode[here],
-            fit.a[here],
-            fit.b[here],
-            correlation,
-            fit.ss[here],
-            # Not written unless asked for, but a kernel argument must be some tensor.
-            correlation if fit.margin is None else fit.margin[here],
-            rows,
-            W_tb.stride(0),
-            T=snapshots,
-            PARTIAL=PARTIAL,
-            SWEEPS=sweeps,
-            COUNT=count,
-            BLOCK_N=launch.block_rows,
-            UNROLL=launch.unroll,
-            EVEN=rows % launch.block_rows == 0,
-            MARGIN=fit.margin is not None,
-            num_warps=launch.warps,
-        )
+    # The margin is not written unless asked for, but a kernel argument must be some tensor.
+    margin = correlation if fit.margin is None else fit.margin[here]
+    return fit.mode[here], fit.a[here], fit.b[here], correlation, fit.ss[here], margin
+
+
+def _launch(W_tb: Tensor, references: References, launch: TimeMajorLaunch, fit: RowFit, here: slice) -> None:
+    """Fit the rows of a time-major W_tb into the outputs ``here``."""
+    snapshots, rows = W_tb.shape
+    sweeps, count = launch.sweeps(len(references.distinct))
+    KERNELS.assign_and_fit_kernel[(-(-rows // launch.block_rows),)](
+        W_tb,
+        *_packed(references, sweeps * count, W_tb.device),
+        *_outputs(fit, here),
+        rows,
+        W_tb.stride(0),
+        T=snapshots,
+        PARTIAL=PARTIAL,
+        SWEEPS=sweeps,
+        COUNT=count,
+        BLOCK_N=launch.block_rows,
+        UNROLL=launch.unroll,
+        EVEN=rows % launch.block_rows == 0,
+        MARGIN=fit.margin is not None,
+        num_warps=launch.warps,
+    )
+
+
+def _launch_tiles(
+    W_tb: Tensor, references: References, launch: TileLaunch, sweeps: int, fit: RowFit, here: slice
+) -> None:
+    """Fit the rows of an aligned W_tb, contiguous in either direction, into the outputs ``here``."""
+    snapshots, rows = W_tb.shape
+    time_major = W_tb.stride(1) == 1
+    TILE_KERNELS.assign_and_fit_tile_kernel[(-(-rows // launch.block_rows),)](
+        W_tb,
+        *_packed_tiles(references, sweeps * launch.references, W_tb.device),
+        *_outputs(fit, here),
+        rows,
+        W_tb.stride(0) if time_major else 0,
+        LD=0 if time_major else W_tb.stride(1),
+        T=snapshots,
+        PARTIAL=PARTIAL,
+        SWEEPS=sweeps,
+        COUNT=launch.references,
+        BLOCK_N=launch.block_rows,
+        STAGES=launch.stages,
+        TIME_MAJOR=time_major,
+        EVEN=rows % launch.block_rows == 0,
+        MARGIN=fit.margin is not None,
+        num_warps=launch.warps,
+        # Variants of one kernel must round alike: only what is written as a fused multiply-add is one.
+        enable_fp_fusion=False,
+    )
 
 
 def _packed(references: References, width: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -135,9 +211,36 @@ def _packed(references: References, width: int, device: torch.device) -> tuple[T
         return (
             time_major(references.z_mt),
             time_major(references.tail_mc),
-            torch.tensor(which, dtype=torch.int32, device=device),
-            torch.tensor(references.mean_m[which], dtype=torch.float32, device=device),
-            torch.tensor(references.rnorm_inv_m[which], dtype=torch.float32, device=device),
+            *_looked_up(references, width, device),
         )
 
     return references.cached(("triton", width, device), build)
+
+
+def _packed_tiles(references: References, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The distinct references in two parts, (width, whole partials), and what a winner is looked up in."""
+
+    def build() -> tuple[Tensor, ...]:
+        which = references.distinct
+        snapshots = references.snapshots
+        short = (0, -snapshots % PARTIAL)
+        z_mt = np.pad(references.z_mt[which], ((0, width - len(which)), short))
+        tail_cm = np.pad(references.tail_mc[which].T, ((0, 0), (0, width - len(which))))
+        return (
+            *(torch.tensor(part, device=device) for part in split_tf32(z_mt)),
+            torch.tensor(np.ascontiguousarray(tail_cm), device=device),
+            *_looked_up(references, width, device),
+        )
+
+    return references.cached(("triton tiles", width, device), build)
+
+
+def _looked_up(references: References, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Index, mean and inverse norm of each distinct reference, padded: a lane may look up a padded winner."""
+    which = references.distinct
+    padding = (0, width - len(which))
+    return (
+        torch.tensor(np.pad(which, padding), dtype=torch.int32, device=device),
+        torch.tensor(np.pad(references.mean_m[which], padding), dtype=torch.float32, device=device),
+        torch.tensor(np.pad(references.rnorm_inv_m[which], padding), dtype=torch.float32, device=device),
+    )

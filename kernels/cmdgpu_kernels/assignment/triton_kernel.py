@@ -13,16 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cmdgpu_kernels import limits
+from cmdgpu_kernels.assignment.triton_epilogue import store_fit
 from cmdgpu_kernels.device_math import merge_moments, spread_pivot, sum_partial, zeros
 
 __all__ = ["INTERPRETED", "assign_and_fit_kernel"]
-
-CONSTANT = tl.constexpr(limits.CONSTANT)
-NOT_FINITE = tl.constexpr(limits.NOT_FINITE)
-SMALLEST_SS = tl.constexpr(limits.SMALLEST_SS)
-LARGEST_SS = tl.constexpr(limits.LARGEST_SS)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -144,32 +138,28 @@ def assign_and_fit_kernel(
             winner = tl.where(better, first + i, winner)
             best = tl.where(better, size, best)
 
-    # NaN compares false, so a row that is not finite is neither within the limit nor still.
-    finite = ss <= LARGEST_SS
-    still = ss < SMALLEST_SS
-    moving = finite & (ss >= SMALLEST_SS)
-    # The divisor is guarded, not the quotient: the interpreter would warn about the latter.
-    norm = tl.sqrt_rn(tl.where(moving, ss, 1.0))
-
-    a = tl.where(moving, d_best * tl.load(rnorm_inv_m + winner), 0.0)
-    b = tl.fma(-a, tl.load(mean_m + winner), mean)
-    if T == 2:
-        # Two snapshots correlate perfectly with anything that moves; rounding has no say.
-        correlation = tl.where(d_best < 0.0, -1.0, 1.0)
-    else:
-        correlation = tl.minimum(tl.maximum(tl.div_rn(d_best, norm), -1.0), 1.0)
-    mode = tl.where(moving, tl.load(index_m + winner), CONSTANT)
-
-    out = start + lane
-    stored = live if not EVEN else None
-    tl.store(mode_n + out, tl.where(finite, mode, NOT_FINITE).to(tl.int16), mask=stored)
-    tl.store(a_n + out, a, mask=stored)
-    tl.store(b_n + out, tl.where(finite, b, NAN), mask=stored)
-    tl.store(correlation_n + out, tl.where(moving, correlation, 0.0), mask=stored)
-    tl.store(ss_n + out, tl.where(finite, tl.where(still, 0.0, ss), NAN), mask=stored)
-    if MARGIN:
-        margin = tl.where(moving, tl.div_rn(best - second, norm), 0.0)
-        tl.store(margin_n + out, margin, mask=stored)
+    store_fit(
+        winner,
+        d_best,
+        best,
+        second,
+        mean,
+        ss,
+        index_m,
+        mean_m,
+        rnorm_inv_m,
+        mode_n,
+        a_n,
+        b_n,
+        correlation_n,
+        ss_n,
+        margin_n,
+        start + lane,
+        live,
+        T,
+        EVEN,
+        MARGIN,
+    )
 
 
 INTERPRETED = not isinstance(assign_and_fit_kernel, triton.JITFunction)

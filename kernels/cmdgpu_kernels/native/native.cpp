@@ -1,7 +1,8 @@
-// assign_and_fit on the CPU: rows in vector registers, their snapshots in the nearest cache.
+// The kernels of the CPU. One source, compiled once per instruction set (hatch_build.py); the width of a
+// vector follows from the compiler's target. No intrinsics and no fast-math: the vector extensions of GCC and
+// Clang, and NaN stays NaN.
 //
-// One source, compiled once per instruction set (hatch_build.py); the width of a vector follows from the
-// compiler's target. No row looks at its neighbour and every sum runs over the snapshots in order, so a row
+// assign_and_fit: rows in vector registers, their snapshots in the nearest cache. No row looks at its neighbour and every sum runs over the snapshots in order, so a row
 // has the same bits in whatever block, tile or thread it is computed.
 //
 // A tile is 64 rows. Its snapshots are packed behind the pivot of their partial into a buffer that stays in
@@ -13,8 +14,18 @@
 //     d_m   = sum over c of <x, z_m> + (p_c - p_c-1) * (sum of z_m from partial c on)
 //     p_c+1 = p_c + mean(x)                 the pivot follows the row
 //
-// No intrinsics and no fast-math: the vector extensions of GCC and Clang, and NaN stays NaN.
+// class_sums: what the rows of a fit add up to, in the order and with the roundings of its definition.
+//
+// read_checked: files of elements and a CRC-32C, read straight into their place and checked while the cache
+// still has them. Where the target has no instruction for that CRC it answers that it cannot.
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -51,7 +62,7 @@ typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef float VectorAnywhere __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
-struct Arguments {  // native_impl.Arguments, field by field
+struct Arguments {  // assignment.native_impl, field by field
     const void *W;
     int64_t stride_t, stride_n;  // elements between snapshots, between rows
     int64_t snapshots, rows;
@@ -380,6 +391,256 @@ void fit(const Arguments &arg, int64_t start, int64_t stop) {
     for (; start < stop; start += TILE) fit_tile<Element>(arg, start);
 }
 
+// ---- class_sums -----------------------------------------------------------------------------------------
+
+constexpr int FIELDS = 6, FIRST_MODE = 2, N_BINS = 256;
+constexpr int64_t GRANULE = 1 << 14;
+
+typedef double Sums __attribute__((vector_size(LINE)));
+
+struct SumArguments {  // class_sums.native_impl, field by field
+    const int16_t *mode;
+    const float *a, *b, *correlation, *ss;
+    int64_t rows;
+    const double *means;  // of the references; one 0 when there are none
+    int64_t classes;      // non-finite, constant, then the modes
+    double snapshots, epsilon4;
+    double *sums;        // (FIELDS, classes)
+    int64_t *histogram;  // (classes - FIRST_MODE, N_BINS), or null
+    Sums *scratch;       // (classes,)
+};
+
+// Rounded after every product, as NumPy does: a fused one would round once and give other bits.
+#if defined(__clang__)
+#define EVERY_ROUNDING
+#else
+#define EVERY_ROUNDING __attribute__((optimize("fp-contract=off")))
+#endif
+
+EVERY_ROUNDING void add_classes(const SumArguments &arg) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+    for (int64_t start = 0; start < arg.rows; start += GRANULE) {
+        const int64_t stop = start + GRANULE < arg.rows ? start + GRANULE : arg.rows;
+        std::memset(arg.scratch, 0, arg.classes * sizeof(Sums));
+        for (int64_t i = start; i < stop; i++) {
+            const int64_t mode = arg.mode[i], at = mode + FIRST_MODE;
+            const double size = std::fabs(double(arg.correlation[i])), size2 = size * size;
+            const double energy = at == 0 ? 0.0 : double(arg.ss[i]);
+            const double mean = double(arg.b[i]) + double(arg.a[i]) * arg.means[mode < 0 ? 0 : mode];
+            const double grain = arg.epsilon4 * mean;
+            const bool below = mode >= 0 && energy <= arg.snapshots * (grain * grain);
+            arg.scratch[at] += Sums{1.0, energy, energy * (1.0 - size2), size, size2, below ? 1.0 : 0.0};
+            if (arg.histogram && mode >= 0) {
+                const int bin = int(N_BINS * (1.0 - std::sqrt(1.0 - size)));
+                arg.histogram[mode * N_BINS + (bin < N_BINS ? bin : N_BINS - 1)]++;
+            }
+        }
+        for (int field = 0; field < FIELDS; field++)
+            for (int64_t at = 0; at < arg.classes; at++) arg.sums[field * arg.classes + at] += arg.scratch[at][field];
+    }
+}
+
+// ---- read_checked ---------------------------------------------------------------------------------------
+
+struct Files {  // native.files, field by field
+    const char *directory, *names;  // one name after the other, each with its NUL
+    int64_t files, bytes;           // bytes of elements in every file; the CRC follows them
+    char *const *places;
+    const uint32_t *kept;  // the CRC each file must carry, and its elements must have
+    uint32_t *tails;       // what each was found to carry
+    int64_t *answers;      // 0 where all is right
+};
+
+struct Pieces {  // assignment.from_files, field by field
+    Files files;         // one per snapshot
+    const char *coming;  // names of the files that this thread will ask for next, or null
+    int64_t rows;        // of one piece
+    char *buffer;        // (snapshots, stride) bytes
+    int64_t stride;
+    int32_t *open;       // (snapshots,) descriptors
+    uint32_t *crcs;      // (snapshots,)
+};
+
+enum Answer : int64_t { RIGHT = 0, WRONG = 1, CANNOT = 2 };
+
+// A regular file of the right size in this very directory, or -1.
+int open_file(int directory, const char *name, int64_t bytes) {
+    const int fd = openat(directory, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    struct stat status;
+    if (fd < 0) return -1;
+    if (fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_size == bytes + 4) return fd;
+    close(fd);
+    return -1;
+}
+
+template <class Look>
+void for_each_file(const Files &arg, Look look) {
+    const int directory = open(arg.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    const char *name = arg.names;
+    for (int64_t i = 0; i < arg.files; i++, name += std::strlen(name) + 1) {
+        const int fd = directory < 0 ? -1 : open_file(directory, name, arg.bytes);
+        arg.answers[i] = fd >= 0 && look(fd, i) ? RIGHT : WRONG;
+        if (fd >= 0) close(fd);
+    }
+    if (directory >= 0) close(directory);
+}
+
+#if defined(__SSE4_2__) || defined(__ARM_FEATURE_CRC32)
+#define HAS_CRC32C 1
+
+#if defined(__SSE4_2__)
+inline uint64_t step(uint64_t crc, uint64_t word) { return __builtin_ia32_crc32di(crc, word); }
+inline uint64_t step(uint64_t crc, uint8_t byte) { return __builtin_ia32_crc32qi(uint32_t(crc), byte); }
+#else
+inline uint64_t step(uint64_t crc, uint64_t word) { return __builtin_aarch64_crc32cx(uint32_t(crc), word); }
+inline uint64_t step(uint64_t crc, uint8_t byte) { return __builtin_aarch64_crc32cb(uint32_t(crc), byte); }
+#endif
+
+inline uint64_t word_at(const char *place) {
+    uint64_t word;
+    std::memcpy(&word, place, 8);
+    return word;
+}
+
+constexpr int64_t STREAM = 4096;  // bytes of one of three streams: one alone waits for itself at every step
+
+// What a CRC becomes over STREAM zero bytes. It is linear, so the 32 single bits tell it all.
+struct Shift {
+    uint32_t table[4][256] = {};
+    Shift() {
+        for (int bit = 0; bit < 32; bit++) {
+            uint64_t crc = uint64_t(1) << bit;
+            for (int64_t i = 0; i < STREAM; i += 8) crc = step(crc, uint64_t(0));
+            for (int byte = 0; byte < 256; byte++)
+                if (byte >> (bit % 8) & 1) table[bit / 8][byte] ^= uint32_t(crc);
+        }
+    }
+    uint64_t operator()(uint64_t crc) const {
+        return table[0][crc & 255] ^ table[1][crc >> 8 & 255] ^ table[2][crc >> 16 & 255] ^ table[3][crc >> 24 & 255];
+    }
+};
+
+// The CRC-32C of ``crc``'s bytes and these; begins and ends inverted, as the files carry it.
+uint32_t crc32c(uint32_t begun, const char *place, int64_t bytes) {
+    static const Shift shift;
+    uint64_t crc = ~begun;
+    for (; bytes >= 3 * STREAM; place += 3 * STREAM, bytes -= 3 * STREAM) {
+        uint64_t second = 0, third = 0;
+        for (int64_t i = 0; i < STREAM; i += 8) {
+            crc = step(crc, word_at(place + i));
+            second = step(second, word_at(place + STREAM + i));
+            third = step(third, word_at(place + 2 * STREAM + i));
+        }
+        crc = shift(shift(crc) ^ second) ^ third;
+    }
+    for (; bytes >= 8; place += 8, bytes -= 8) crc = step(crc, word_at(place));
+    for (; bytes > 0; place++, bytes--) crc = step(crc, uint8_t(*place));
+    return ~uint32_t(crc);
+}
+
+// Exactly ``bytes`` from ``offset`` on.
+bool read_all(int fd, char *place, int64_t bytes, int64_t offset) {
+    while (bytes > 0) {
+        const ssize_t got = pread(fd, place, bytes, offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        place += got, bytes -= got, offset += got;
+    }
+    return true;
+}
+
+constexpr int64_t PIECE = 256 << 10;  // bytes read at a time: still in the cache when their CRC is taken
+
+bool read_file(int fd, char *place, int64_t bytes, uint32_t kept) {
+    uint32_t crc = 0, carried;
+    for (int64_t done = 0; done < bytes; done += PIECE) {
+        const int64_t here = bytes - done < PIECE ? bytes - done : PIECE;
+        if (!read_all(fd, place + done, here, done)) return false;
+        crc = crc32c(crc, place + done, here);
+    }
+    return read_all(fd, reinterpret_cast<char *>(&carried), 4, bytes) && carried == kept && crc == kept;
+}
+
+// ---- fit_files: read_checked and assign_and_fit in one ----------------------------------------------------
+
+// Whether the file's first byte is in memory; if not, the disk is asked for the whole file.
+bool is_warm(int fd, int64_t bytes) {
+#if defined(RWF_NOWAIT) && defined(POSIX_FADV_WILLNEED)
+    char byte;
+    iovec one{&byte, 1};
+    if (preadv2(fd, &one, 1, 0, RWF_NOWAIT) >= 0 || errno != EAGAIN) return true;
+    posix_fadvise(fd, 0, bytes + 4, POSIX_FADV_WILLNEED);
+    return false;
+#else
+    (void)fd, (void)bytes;
+    return true;
+#endif
+}
+
+// A few rows of every snapshot at a time, which the cache still has when they are fitted: the memory sees each
+// byte once. The CRCs are known at the end only; the outputs are nothing to rely on unless the answer is true.
+template <class Element>
+bool fit_pieces(const Arguments &arg, const Pieces &pieces) {
+    constexpr int64_t SIZE = sizeof(typename Element::Stored);
+    const int64_t all = pieces.files.bytes / SIZE;
+    for (int64_t first = 0; first < all; first += pieces.rows) {
+        const int64_t here = all - first < pieces.rows ? all - first : pieces.rows;
+        for (int64_t t = 0; t < arg.snapshots; t++) {
+            char *place = pieces.buffer + t * pieces.stride;
+            if (!read_all(pieces.open[t], place, here * SIZE, first * SIZE)) return false;
+            pieces.crcs[t] = crc32c(pieces.crcs[t], place, here * SIZE);
+        }
+        const int64_t live = arg.rows - first < here ? arg.rows - first : here;
+        if (live <= 0) continue;
+        Arguments part = arg;
+        part.W = pieces.buffer;
+        part.stride_t = pieces.stride / SIZE;
+        part.stride_n = 1;
+        part.rows = live;
+        part.mode += first, part.a += first, part.b += first, part.correlation += first, part.ss += first;
+        fit<Element>(part, 0, live);
+    }
+    for (int64_t t = 0; t < arg.snapshots; t++) {
+        uint32_t carried;
+        if (!read_all(pieces.open[t], reinterpret_cast<char *>(&carried), 4, pieces.files.bytes)) return false;
+        if (carried != pieces.files.kept[t] || pieces.crcs[t] != carried) return false;
+    }
+    return true;
+}
+
+bool fit_files(const Arguments &arg, const Pieces &pieces) {
+    const int directory = open(pieces.files.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    const char *name = pieces.files.names;
+    bool right = directory >= 0, warm = true;
+    int64_t opened = 0;
+    for (; right && opened < arg.snapshots; name += std::strlen(name) + 1) {
+        const int fd = open_file(directory, name, pieces.files.bytes);
+        right = fd >= 0;
+        if (right) pieces.open[opened++] = fd, warm &= is_warm(fd, pieces.files.bytes);
+    }
+    if (right && !warm && pieces.coming) {
+        name = pieces.coming;
+        for (int64_t t = 0; t < arg.snapshots; t++, name += std::strlen(name) + 1) {
+            const int fd = open_file(directory, name, pieces.files.bytes);
+            if (fd >= 0) is_warm(fd, pieces.files.bytes), close(fd);
+        }
+    }
+    if (right) switch (arg.dtype) {
+        case 0: right = fit_pieces<Float32>(arg, pieces); break;
+        case 1: right = fit_pieces<Float16>(arg, pieces); break;
+        case 2: right = fit_pieces<BFloat16>(arg, pieces); break;
+    }
+    for (int64_t t = 0; t < opened; t++) close(pieces.open[t]);
+    if (directory >= 0) close(directory);
+    return right;
+}
+
+#else
+#define HAS_CRC32C 0
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -399,6 +660,34 @@ void cmdgpu_assign_and_fit(const Arguments *arg, int64_t start, int64_t stop) {
         case 1: return fit<Float16>(*arg, start, stop);
         case 2: return fit<BFloat16>(*arg, start, stop);
     }
+}
+
+void cmdgpu_class_sums(const SumArguments *arg) { add_classes(*arg); }
+
+int64_t cmdgpu_can_read() { return HAS_CRC32C; }
+
+// Every file into its place; ``answers`` says which are not what they must be.
+void cmdgpu_read_checked(const Files *arg) {
+#if HAS_CRC32C
+    for_each_file(*arg, [=](int fd, int64_t i) { return read_file(fd, arg->places[i], arg->bytes, arg->kept[i]); });
+#else
+    for (int64_t i = 0; i < arg->files; i++) arg->answers[i] = CANNOT;
+#endif
+}
+
+// Fit the rows of whole files, one per snapshot; false when one of them is not what it must be.
+int64_t cmdgpu_fit_files(const Arguments *arg, const Pieces *pieces) {
+#if HAS_CRC32C
+    return fit_files(*arg, *pieces);
+#else
+    (void)arg, (void)pieces;
+    return false;
+#endif
+}
+
+// The CRC every file carries; its elements are not looked at.
+void cmdgpu_read_tails(const Files *arg) {
+    for_each_file(*arg, [=](int fd, int64_t i) { return pread(fd, arg->tails + i, 4, arg->bytes) == 4; });
 }
 
 }  // extern "C"

@@ -1,0 +1,89 @@
+"""The pass straight from files: a thread reads and fits a unit a few rows at a time, without slots.
+
+Only on the CPU, from a store on disk, with a compiled kernel. What a file should have been is told by the
+store: a unit in which anything is wrong is looked at again, chunk by chunk, until the store says what.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmdgpu import ops
+from cmdgpu.errors import StoreCorrupt
+from cmdgpu.notation import I64
+from cmdgpu.sources import READS_IN_FLIGHT, Source, StoreSource
+from cmdgpu.store.view import StoreView
+from cmdgpu.streaming.passes import AssignAndFit
+
+_OTHER_FILES: Final = 256
+"""Descriptors that are left to the rest of the process."""
+
+
+def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.device) -> int:
+    """Units in flight, or 0 where the pass cannot go straight from files.
+
+    Every one holds the files of all its snapshots open.
+    """
+    if not isinstance(source, StoreSource) or device.type != "cpu":
+        return 0
+    if not ops.can_fit_files(source.dtype, n_snapshots, n_modes):
+        return 0
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(min(torch.get_num_threads(), (most_files - _OTHER_FILES) // max(n_snapshots, 1)), 0)
+
+
+def fitted_units(
+    source: Source, columns: I64, work: AssignAndFit, units: Sequence[int], threads: int
+) -> Generator[tuple[int, tuple[Tensor, ...], int]]:
+    """(unit, its outputs, bytes read) in order. Raises StoreCorrupt naming file, tensor and step."""
+    assert isinstance(source, StoreSource)
+    view, times = source.view, columns.tolist()
+    with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="cmdgpu-read") as pool:
+        for _ in pool.map(view.contact, times):
+            pass
+    n_bytes = len(times) * view.rows * view.storage.numpy.itemsize
+
+    def fit(at: int) -> tuple[Tensor, ...]:
+        coming = units[at + threads] if at + threads < len(units) else None
+        return _fit(view, times, work, units[at], coming)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="cmdgpu-read") as pool:
+        under_way: deque[tuple[int, Future[tuple[Tensor, ...]]]] = deque()
+        try:
+            for at in range(len(units) + threads + 1):
+                if at < len(units):
+                    under_way.append((units[at], pool.submit(fit, at)))
+                if under_way and (len(under_way) > threads + 1 or at >= len(units)):
+                    unit, future = under_way.popleft()
+                    yield unit, future.result(), n_bytes
+        finally:
+            for _, future in under_way:
+                future.cancel()
+
+
+def _fit(
+    view: StoreView, times: list[int], work: AssignAndFit, unit: int, coming: int | None
+) -> tuple[Tensor, ...]:
+    start, stop = work.frame.unit(unit)
+    for _ in range(2):
+        fit = ops.fit_files(
+            work.dtype,
+            work.references,
+            view.files(unit, times),
+            stop - start,
+            None if coming is None else view.files(coming, times).names,
+        )
+        if fit is not None:
+            return fit.mode, fit.a, fit.b, fit.correlation, fit.ss
+        chunk = np.empty(view.rows, dtype=view.storage.numpy)
+        for t in times:
+            view.read_chunk(unit, t, chunk)
+    raise StoreCorrupt("its files change while they are read", file=view.path)

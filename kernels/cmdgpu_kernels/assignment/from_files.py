@@ -1,0 +1,122 @@
+"""``assign_and_fit`` straight from files: the memory sees every byte once.
+
+A block that is read into memory first and fitted afterwards passes through the memory four times: written by
+the kernel of the system, which reads the line before, checked, and read again. Here a thread takes a few rows
+of every snapshot at a time and fits them while the cache still has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cmdgpu_kernels.assignment import native_impl
+from cmdgpu_kernels.assignment.row_fit import RowFit
+from cmdgpu_kernels.dispatch import Problem
+from cmdgpu_kernels.native import files, library
+from cmdgpu_kernels.references import References
+
+__all__ = ["can_fit_files", "fit_files", "files_workspace_bytes"]
+
+PIECE_BYTES = 4 << 20
+"""Of all snapshots together: 5.4 GB/s with 1 MiB, 6.2 with 4, 6.3 with 8 (two threads of a Xeon, T = 100)."""
+PADDING = 64
+"""Bytes between the snapshots of a piece: a power-of-two stride puts all of them in the same cache sets."""
+
+
+class _Pieces(ctypes.Structure):
+    """``Pieces`` of native.cpp, field by field."""
+
+    _fields_ = (
+        ("files", files.Files),
+        ("coming", ctypes.c_char_p),
+        ("rows", ctypes.c_int64),
+        ("buffer", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("open", ctypes.c_void_p),
+        ("crcs", ctypes.c_void_p),
+    )
+
+
+def _path(implementation: str) -> str | None:
+    """The library behind ``native-<path>``, if it reads files."""
+    prefix, _, path = implementation.partition("-")
+    return path if prefix == "native" and library.load(path).cmdgpu_can_read() else None
+
+
+def can_fit_files(implementation: str) -> bool:
+    """Whether the implementation that was chosen takes files."""
+    return _path(implementation) is not None
+
+
+def piece_rows(snapshots: int, itemsize: int) -> int:
+    """A multiple of the kernel's tile."""
+    return max(PIECE_BYTES // (snapshots * itemsize) // 64, 8) * 64
+
+
+def files_workspace_bytes(problem: Problem, threads: int) -> int:
+    """Memory of ``threads`` calls beside the outputs and the kernel's own workspace."""
+    itemsize = 4 if problem.dtype == "float32" else 2
+    piece = problem.snapshots * (piece_rows(problem.snapshots, itemsize) * itemsize + PADDING + 8)
+    return threads * (piece + library.LINE)
+
+
+_own = threading.local()
+"""A thread's buffer, kept from unit to unit."""
+
+
+def fit_files(
+    implementation: str,
+    dtype: str,
+    references: References,
+    directory: str,
+    names: Sequence[str],
+    n_bytes: int,
+    kept: Sequence[bytes],
+    rows: int,
+    coming: Sequence[str] | None = None,
+) -> RowFit | None:
+    """Fit the first ``rows`` rows of files that hold one snapshot each, in this thread.
+
+    Every file holds ``n_bytes`` of elements and their CRC-32C, which must be the ``kept`` one. None when a
+    file is not what it must be. ``coming`` are files that will be asked for next: a cold disk is told ahead.
+    """
+    path = _path(implementation)
+    assert path is not None and len(names) == len(kept) == references.snapshots
+    itemsize = 4 if dtype == "float32" else 2
+    step = piece_rows(len(names), itemsize)
+    stride = step * itemsize + PADDING
+    size = len(names) * (stride + 8) + library.LINE
+    if getattr(_own, "size", 0) != size:
+        _own.buffer, _own.size = np.empty(size, dtype=np.uint8), size
+    place = library.aligned(_own.buffer.ctypes.data)
+    fit = RowFit.empty(rows, torch.device("cpu"), margin=False)
+    call = native_impl.Call(path, references, fit, dtype)
+    crcs = np.frombuffer(b"".join(kept), dtype="<u4")
+    small = np.zeros((2, len(names)), dtype=np.int32)
+    answers = np.zeros(len(names), dtype=np.int64)
+    pieces = _Pieces(
+        files=files.Files(
+            directory=os.fsencode(directory),
+            names=files.joined(names),
+            files=len(names),
+            bytes=n_bytes,
+            kept=crcs.ctypes.data,
+            answers=answers.ctypes.data,
+        ),
+        coming=None if coming is None else files.joined(coming),
+        rows=step,
+        buffer=place,
+        stride=stride,
+        open=small[0].ctypes.data,
+        crcs=small[1].ctypes.data,
+    )
+    compiled = library.load(path)
+    compiled.cmdgpu_fit_files.restype = ctypes.c_int64
+    right = compiled.cmdgpu_fit_files(ctypes.byref(call.arguments), ctypes.byref(pieces))
+    return fit if right else None

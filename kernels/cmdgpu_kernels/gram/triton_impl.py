@@ -1,0 +1,130 @@
+"""``gram_matrix`` in Triton: what may run it, and its launches."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmdgpu_kernels.dispatch import Problem
+from cmdgpu_kernels.gram.sums import GRANULE, Gram
+from cmdgpu_kernels.tuning import GRAM, GramLaunch, architecture
+
+__all__ = ["TOLERANCE", "refusals", "refusals_interpreted", "run"]
+
+
+def _kernels() -> tuple[Any, str | None]:
+    """The module of kernels, or why there is none. A triton that is there but broken is not hidden."""
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
+    except ImportError as error:
+        return None, f"triton cannot be imported: {error}"
+    from cmdgpu_kernels.gram import triton_kernel
+
+    return triton_kernel, None
+
+
+KERNELS, ABSENT = _kernels()
+INTERPRETED: bool = ABSENT is None and KERNELS.INTERPRETED
+
+PRODUCTS_BYTES = 128 * 2**20
+"""Products of granules that wait to be added up, at most; one at least."""
+
+MARKED_ROWS = 256
+"""Rows of a program that looks for rows to leave out."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
+
+
+def refusals(problem: Problem) -> tuple[str, ...]:
+    """Every reason why the compiled kernels cannot serve the problem."""
+    reasons = [f"needs a CUDA device, got {problem.device!r}"] if problem.device != "cuda" else []
+    if INTERPRETED:
+        reasons.append("TRITON_INTERPRET was set when the kernels were imported")
+    return (*reasons, *_refusals(problem))
+
+
+def refusals_interpreted(problem: Problem) -> tuple[str, ...]:
+    """Every reason why Triton's interpreter cannot serve the problem."""
+    reasons = [f"needs the CPU, got {problem.device!r}"] if problem.device != "cpu" else []
+    if ABSENT is None and not INTERPRETED:
+        reasons.append("TRITON_INTERPRET=1 was not set before the kernels were imported")
+    return (*reasons, *_refusals(problem))
+
+
+def _refusals(problem: Problem) -> list[str]:
+    reasons = [] if ABSENT is None else [ABSENT]
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype {problem.dtype} (supported: {', '.join(DTYPES)})")
+    return reasons
+
+
+def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
+    """Sum the rows of W_tb, (T, B) with any strides. ``threads`` means nothing here."""
+    snapshots, rows = W_tb.shape
+    device = W_tb.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    launch = GRAM[architecture(capability)]
+    tile, tiles = launch.tiles(snapshots)
+    width = tile * tiles
+    at_once = max(PRODUCTS_BYTES // (4 * width * width), 1)
+    high_tt, rest_tt = torch.zeros(2, width, width, dtype=torch.float64, device=device)
+    left_out = 0
+    with _on(device):
+        S_gtt = torch.empty(
+            min(at_once, -(-rows // GRANULE)), width, width, dtype=torch.float32, device=device
+        )
+        for first in range(0, rows, at_once * GRANULE):
+            block_tb = W_tb[:, first : first + at_once * GRANULE]
+            step_t, step_n = block_tb.stride()
+            # Rows of a product are addressed by 32 bits.
+            if step_n != 1 and (step_t != 1 or step_n * launch.block_rows >= 2**31):
+                block_tb = block_tb.contiguous()
+            left_out += _multiply(block_tb, launch, S_gtt)
+            KERNELS.add_granules_kernel[(width * width // 256,)](
+                S_gtt, high_tt, rest_tt, -(-block_tb.shape[1] // GRANULE), WIDTH=width, BLOCK=256
+            )
+    high, rest = (part[:snapshots, :snapshots].cpu().numpy().copy() for part in (high_tt, rest_tt))
+    return Gram.unpacked(high, rest, left_out)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+
+
+def _multiply(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor) -> int:
+    """Products of the granules of a block into the first of ``S_gtt``; the rows left out of them."""
+    snapshots, rows = W_tb.shape
+    granules = -(-rows // GRANULE)
+    time_major = W_tb.stride(1) == 1
+    tile, tiles = launch.tiles(snapshots)
+    left_out_g = torch.zeros(granules, dtype=torch.int32, device=W_tb.device)
+    counted_n = torch.empty(rows if tiles > 1 else 1, dtype=torch.int8, device=W_tb.device)
+    if tiles > 1:
+        # No program sees a whole row.
+        KERNELS.mark_rows_kernel[(-(-rows // MARKED_ROWS),)](
+            W_tb, counted_n, rows, W_tb.stride(0), W_tb.stride(1), T=snapshots, BLOCK_N=MARKED_ROWS
+        )
+    KERNELS.gram_kernel[(granules, tiles, tiles)](
+        W_tb,
+        counted_n,
+        S_gtt,
+        left_out_g,
+        rows,
+        W_tb.stride(0) if time_major else 0,
+        LD=0 if time_major else W_tb.stride(1),
+        T=snapshots,
+        TILE=tile,
+        TILES=tiles,
+        GRANULE=GRANULE,
+        BLOCK_N=launch.block_rows,
+        STAGES=launch.stages,
+        TIME_MAJOR=time_major,
+        num_warps=launch.warps,
+        # Variants of one kernel must round alike: only what is written as a fused multiply-add is one.
+        enable_fp_fusion=False,
+    )
+    return rows - int(counted_n.sum()) if tiles > 1 else int(left_out_g.sum())
