@@ -1,82 +1,103 @@
-"""Who is measured. Each provider prepares its own favourite layout outside the clock, then runs."""
+"""Who is measured: every implementation of ours, and the rivals, behind one small interface."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import cmdgpu_kernels as kernels
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-Labels: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-Prepared: TypeAlias = Callable[[], Labels]
-"""Runs once and answers the label of every row, so that a rival that computes something else is caught."""
+from benchmarks.cases import F32, Block, Case
+from cmdgpu.decomposition import CMD
+from cmdgpu.trajectory import Trajectory
+
+I64 = NDArray[np.int64]
+SAMPLED = 1000
+"""K, the rows that are clustered: the paper's number, and the default of both decompositions."""
+
+
+class Answer(NamedTuple):
+    """What a run found, so that a provider that computes something else is caught."""
+
+    mode: I64
+    a: F32
+    references: F32
+    """(M, T): given, or found by the run."""
+
+
+class NotRun(Exception):
+    """Why a provider has no figure for a case."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider ready for one case; everything that it may do beforehand is done."""
+
+    run: Callable[[int], Answer]
+    """Works on the first so many rows."""
+    prepare_ms: float = 0.0
+    """What was done beforehand that grows with the rows, of all rows prepared."""
+    most_rows: int | None = None
+    """Rows there are in the provider's layout; all of the block when None."""
+    note: str = ""
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Settings of its own, entered outside the clock."""
+
+
+Prepare: TypeAlias = Callable[[Case, Block, F32, int], Prepared]
+"""Case, block, references and threads. Raises NotRun."""
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
-    prepare: Callable[[Tensor, Tensor], Prepared]
+    prepare: Prepare
+    ours: bool = False
 
 
-def _ours(W_tb: Tensor, R_mt: Tensor) -> Prepared:
-    references = kernels.prepare_references(R_mt)
-
-    def run() -> Labels:
-        fit = kernels.assign_and_fit(W_tb, references, implementation="torch")
-        return fit.mode.numpy().astype(np.int64)
-
-    return run
+def problem_of(case: Case, device: str = "cpu") -> kernels.Problem:
+    return kernels.Problem(dtype=case.dtype, snapshots=case.snapshots, modes=case.modes, device=device)
 
 
-def _plain_torch(W_tb: Tensor, R_mt: Tensor) -> Prepared:
-    """Whole matrix, row-major: centre, one product, norms, argmax, fit. What one writes in five lines."""
-    W_nt = W_tb.T.to(torch.float32).contiguous()
-    rmean = R_mt.mean(dim=1)
-    centred = R_mt - rmean[:, None]
-    rnorm = centred.square().sum(dim=1).sqrt()
-    z_mt = centred / rnorm[:, None]
-
-    def run() -> Labels:
-        mean = W_nt.mean(dim=1, keepdim=True)
-        x = W_nt - mean
-        d = x @ z_mt.T
-        mode = d.abs().max(dim=1).indices
-        best = d.gather(1, mode[:, None])[:, 0]
-        a = best / rnorm[mode]
-        _ = mean[:, 0] - a * rmean[mode], best / x.square().sum(dim=1).sqrt()
-        return mode.numpy()
-
-    return run
+def chosen_name(case: Case) -> str:
+    """The provider that stands for the product: the implementation it would run by itself."""
+    if case.operation != "assign_and_fit":
+        return "cmdgpu"
+    return f"cmdgpu {kernels.choose(problem_of(case))[0].name}"
 
 
-def _plain_numpy(W_tb: Tensor, R_mt: Tensor) -> Prepared:
-    """The same five lines in NumPy."""
-    W_nt = np.ascontiguousarray(W_tb.to(torch.float32).numpy().T)
-    R = R_mt.numpy()
-    rmean = R.mean(axis=1)
-    centred = R - rmean[:, None]
-    rnorm = np.sqrt((centred**2).sum(axis=1))
-    z_mt = centred / rnorm[:, None]
-
-    def run() -> Labels:
-        mean = W_nt.mean(axis=1, keepdims=True)
-        x = W_nt - mean
-        d = x @ z_mt.T
-        mode = np.abs(d).argmax(axis=1)
-        best = np.take_along_axis(d, mode[:, None], axis=1)[:, 0]
-        a = best / rnorm[mode]
-        _ = mean[:, 0] - a * rmean[mode], best / np.sqrt(np.einsum("nt,nt->n", x, x))
-        return mode
-
-    return run
+def our_implementations() -> list[Provider]:
+    """Every implementation of the operation; those that refuse a case say why."""
+    return [_implementation(candidate.name, candidate.refusals) for candidate in kernels.IMPLEMENTATIONS]
 
 
-PROVIDERS = (
-    Provider("cmdgpu torch", _ours),
-    Provider("plain torch", _plain_torch),
-    Provider("plain numpy", _plain_numpy),
-)
+def _implementation(name: str, refusals: Callable[[kernels.Problem], tuple[str, ...]]) -> Provider:
+    def prepare(case: Case, block: Block, R_mt: F32, threads: int) -> Prepared:
+        if reasons := refusals(problem_of(case)):
+            raise NotRun(f"refuses: {'; '.join(reasons)}")
+        references = kernels.prepare_references(R_mt)
+
+        def run(rows: int) -> Answer:
+            W_tb = block.W_tb[:, :rows]
+            fit = kernels.assign_and_fit(W_tb, references, implementation=name, threads=threads)
+            return Answer(fit.mode.numpy().astype(np.int64), fit.a.numpy(), R_mt)
+
+        return Prepared(run)
+
+    return Provider(f"cmdgpu {name}", prepare, ours=True)
+
+
+def decompose(case: Case, block: Block, R_mt: F32, threads: int) -> Prepared:
+    """The product's public call on the same row-major matrix that the in-memory script gets."""
+    del R_mt, threads
+
+    def run(rows: int) -> Answer:
+        cmd = CMD(n_modes=case.modes, n_samples=SAMPLED).fit(Trajectory.from_array(block.W_nt[:rows]))
+        labels = np.asarray(cmd.labels_[:]).astype(np.int64)
+        return Answer(labels, np.asarray(cmd.a_[:]), cmd.references_)
+
+    return Prepared(run, most_rows=block.rival_rows_of(case.modes))

@@ -1,73 +1,227 @@
-"""Render the tables of benchmarks/README.md from the JSON: ``python benchmarks/render.py``."""
+"""Render the tables of benchmarks/README.md and the figures: ``python benchmarks/render.py``."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
+
+from benchmarks.machine import RESULTS  # noqa: E402
+from benchmarks.scaling import AXES, curves  # noqa: E402
+
+PAGE = ROOT / "benchmarks" / "README.md"
 END = "<!-- end -->"
 
+Results: TypeAlias = dict[str, Any]
+Records: TypeAlias = Sequence[dict[str, Any]]
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: one row per case, one column per provider, GB/s and percent of the read rate."""
-    records: list[dict[str, Any]] = results["records"]
-    providers = list(dict.fromkeys(r["provider"] for r in records))
-    lines = [
-        _machine(results),
-        "",
-        "| case | " + " | ".join(providers) + " | reading memory |",
-        "|---" * (len(providers) + 2) + "|",
-    ]
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+# ---- in memory ------------------------------------------------------------------------------------------
+
+
+def in_memory(results: Results) -> list[str]:
+    """A row per case, a column per provider; then exponents, and who has no figure and why."""
+    records: Records = results["records"]
+    lines: list[str] = []
+    for operation in dict.fromkeys(r["operation"] for r in records):
+        mine = [r for r in records if r["operation"] == operation]
+        lines += [f"`{operation}`, GB/s of W as stored; the product's own choice in bold:", ""]
+        lines += [*_rates(mine), ""]
+    lines += [*_exponents(records), ""]
+    lines += [*_absent(records), *_settings(records)]
+    if (RESULTS / results["machine"]["name"] / "scaling.png").exists():
+        lines += ["", *(f"![{name}](results/{results['machine']['name']}/{name}.png)" for name in _FIGURES)]
+    return lines
+
+
+_FIGURES = ("scaling", "rates")
+
+
+def _rates(records: Records) -> list[str]:
+    names = [n for n in dict.fromkeys(r["provider"] for r in records) if _timed(records, n)]
+    rows: list[list[str]] = []
     for case in dict.fromkeys(r["case"] for r in records):
         found = {r["provider"]: r for r in records if r["case"] == case}
-        cells = [
-            f"{found[p]['gb_per_s']:.2f} GB/s ({found[p]['percent_of_ceiling']:.0f} %)" for p in providers
-        ]
-        ceiling = next(iter(found.values()))["ceiling_gb_per_s"]
+        ceiling = next(r["ceiling_gb_per_s"] for r in found.values() if r["ceiling_gb_per_s"])
+        label = case.partition(" ")[2]
+        rows.append([label, f"{ceiling:.1f}", *(_rate(found.get(name)) for name in names)])
+    return table(["case", "reading memory", *names], rows)
+
+
+def _timed(records: Records, provider: str) -> bool:
+    return any(r["provider"] == provider and r["median_ms"] is not None for r in records)
+
+
+def _rate(r: dict[str, Any] | None) -> str:
+    if r is None or r["median_ms"] is None:
+        return "-"
+    rate = f"{_short(r['gb_per_s'])} ({_short(r['percent_of_ceiling'])} %)"
+    fewer = "" if r["rows_run"] == r["rows"] else f", {r['rows_run']} rows"
+    return f"**{rate}**{fewer}" if r["chosen"] else f"{rate}{fewer}"
+
+
+def _short(number: float) -> str:
+    """Two digits that count, and no power of ten for what is larger."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _exponents(records: Records) -> list[str]:
+    found = curves(records)
+    names = list(dict.fromkeys(curve.provider for curve in found))
+    axes = [axis for axis in AXES if any(curve.axis == axis for curve in found)]
+    cells = {(c.provider, c.axis): "-" if c.exponent is None else f"{c.exponent:.2f}" for c in found}
+    rows = [[name, *(cells.get((name, axis), "-") for axis in axes)] for name in names]
+    if not rows:
+        return []
+    return ["Exponent p of time ~ x^p:", "", *table(["provider", *(AXES[axis] for axis in axes)], rows)]
+
+
+def _absent(records: Records) -> list[str]:
+    """Everybody who was asked and gave no figure, with the reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in records:
+        if r["not_run"]:
+            reasons.setdefault((r["provider"], r["not_run"]), []).append(r["case"].partition(" ")[2])
+    n_cases = len({r["case"] for r in records if r["operation"] == "assign_and_fit"})
+    return [
+        f"* {provider}, {'every case' if len(cases) == n_cases else '; '.join(cases)}: {reason}"
+        for (provider, reason), cases in reasons.items()
+    ]
+
+
+def _settings(records: Records) -> list[str]:
+    """Which of its settings were a rival's best, and what its layout cost outside the clock."""
+    lines: list[str] = []
+    for provider in dict.fromkeys(r["provider"] for r in records):
+        mine = [r for r in records if r["provider"] == provider and r["note"]]
+        if not mine:
+            continue
+        notes = dict.fromkeys(r["note"] for r in mine)
+        said = "; ".join(f"{n} (M={_list(r['modes'] for r in mine if r['note'] == n)})" for n in notes)
+        largest = max(mine, key=lambda r: r["rows"])
         lines.append(
-            f"| {case.removeprefix('assign_and_fit ')} | " + " | ".join(cells) + f" | {ceiling:.1f} GB/s |"
+            f"* {provider}: {said}. Not timed: its layout, {largest['prepare_ms']:.0f} ms for "
+            f"{largest['rows']} rows of T={largest['snapshots']}"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def storage_table(results: dict[str, Any]) -> str:
-    """Markdown: one row per kind of work and provider, cmdgpu's rate as a part of the provider's."""
-    lines = [_machine(results), "", "| work | provider | rate | cmdgpu's rate is |", "|---|---|---|---|"]
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+# ---- out of core ----------------------------------------------------------------------------------------
+
+
+def out_of_core(results: Results) -> list[str]:
+    records: Records = results["records"]
+    rows = [
+        [
+            r["case"].removeprefix("fit ") if r["provider"] == "pass, cached" else "",
+            r["provider"],
+            f"{r['gb_per_s']:.2f} GB/s ± {_half_spread(r):.2f}",
+            "-" if r["ceiling"] is None else f"{r['ceiling_gb_per_s']:.2f} GB/s, {r['ceiling']}",
+            "-" if r["percent_of_ceiling"] is None else f"{r['percent_of_ceiling']:.0f} %",
+            "-" if r["peak_bytes"] is None else _memory(r),
+        ]
+        for r in records
+    ]
+    return table(["case", "what", "rate", "ceiling", "of it", "peak memory of plan"], rows)
+
+
+def _half_spread(r: dict[str, Any]) -> float:
+    """Half of slowest less fastest, as a rate around the median."""
+    return r["gb_per_s"] * r["spread_ms"] / (2 * r["median_ms"])
+
+
+def _memory(r: dict[str, Any]) -> str:
+    return f"{r['peak_bytes'] / 1e6:.0f} of {r['planned_bytes'] / 1e6:.0f} MB"
+
+
+# ---- storage --------------------------------------------------------------------------------------------
+
+
+def storage(results: Results) -> list[str]:
+    """A row per kind of work and provider, cmdgpu's rate as a part of the provider's."""
+    rows: list[list[str]] = []
     for what in dict.fromkeys(r["what"] for r in results["records"]):
-        found: list[dict[str, Any]] = [r for r in results["records"] if r["what"] == what]
+        found: Records = [r for r in results["records"] if r["what"] == what]
         for r in found:
             ratio = found[0]["gb_per_s"] / r["gb_per_s"]
             rate = f"{r['gb_per_s']:.2f} GB/s ({r['slowest_gb_per_s']:.2f} to {r['fastest_gb_per_s']:.2f})"
-            lines.append(f"| {what}, {r['bytes'] / 1e6:.0f} MB | {r['provider']} | {rate} | {ratio:.0%} |")
-    return "\n".join(lines)
+            rows.append([f"{what}, {r['bytes'] / 1e6:.0f} MB", r["provider"], rate, f"{ratio:.0%}"])
+    return table(["work", "provider", "rate", "cmdgpu's rate is"], rows)
 
 
-def _machine(results: dict[str, Any]) -> str:
+# ---- GPU ------------------------------------------------------------------------------------------------
+
+
+def gpu(results: Results) -> list[str]:
+    rows = [
+        [
+            r["case"],
+            r["provider"],
+            f"{r['gb_per_s']:.1f} GB/s",
+            "-" if r["percent_of_copy"] is None else f"{r['percent_of_copy']:.0f} %",
+            "-" if r["percent_of_ceiling"] is None else f"{r['percent_of_ceiling']:.0f} % of {r['ceiling']}",
+        ]
+        for r in results["records"]
+    ]
+    return table(["case", "provider", "rate", "of the device copy", "of its ceiling"], rows)
+
+
+# ---- the page -------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[Results], list[str]]] = {
+    "quick": in_memory,
+    "full": in_memory,
+    "out-of-core": out_of_core,
+    "storage": storage,
+    "gpu": gpu,
+}
+
+
+def rendered(page: str, name: str, found: Sequence[Results]) -> str:
+    """The page with what every machine's ``<name>.json`` says in its place; unchanged without that place."""
+    begin = f"<!-- rendered from results/*/{name}.json -->"
+    if begin not in page:
+        return page
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(END)
+    body = "\n\n".join("\n".join([_machine(results), "", *TABLES[name](results)]) for results in found)
+    return f"{before}{begin}\n{body or 'No results yet.'}\n{END}{after}"
+
+
+def _machine(results: Results) -> str:
     machine = results["machine"]
+    device = f"{machine['gpu']}, " if "gpu" in machine else ""
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}, torch {machine['torch']}, "
-        f"commit {machine['commit']}"
+        f"{device}{machine['cpu']}, {machine['threads']} threads, {machine['capability']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}"
     )
 
 
-TABLES = {"cpu": table, "storage": storage_table}
-
-
-def rendered(page: str, name: str, results: dict[str, Any]) -> str:
-    """The page with the table of ``results/<name>.json`` in its place."""
-    begin = f"<!-- rendered from results/{name}.json -->"
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(END)
-    return f"{before}{begin}\n{TABLES[name](results)}\n{END}{after}"
+def results_of(name: str) -> list[Results]:
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"*/{name}.json"))]
 
 
 def main() -> None:
-    page = HERE / "README.md"
+    from benchmarks.plots import draw
+
+    for name in ("quick", "full"):
+        for file in sorted(RESULTS.glob(f"*/{name}.json")):
+            draw(json.loads(file.read_text())["records"], file.parent)
     for name in TABLES:
-        results = json.loads((HERE / "results" / f"{name}.json").read_text())
-        page.write_text(rendered(page.read_text(), name, results))
+        PAGE.write_text(rendered(PAGE.read_text(), name, results_of(name)))
 
 
 if __name__ == "__main__":

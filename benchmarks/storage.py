@@ -8,7 +8,6 @@ cold store, beside reading the same bytes cold and in order. All in turns on one
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -24,7 +23,9 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
 
 import numpy as np  # noqa: E402
 
-from benchmarks.run import machine  # noqa: E402
+from benchmarks.ceilings import drop_from_cache  # noqa: E402
+from benchmarks.machine import machine, results_file  # noqa: E402
+from benchmarks.run import write_results  # noqa: E402
 from cmdgpu.notation import F32, I64  # noqa: E402
 from cmdgpu.store.durable import bytes_of  # noqa: E402
 from cmdgpu.store.journal import Journal  # noqa: E402
@@ -102,10 +103,7 @@ class Disk:
         return _read(self.chunks)
 
     def make_cold(self) -> None:
-        for file in [self.big, *(f for f in (self.folder / "store.zarr").rglob("*") if f.is_file())]:
-            fd = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+        drop_from_cache([self.big, *(f for f in (self.folder / "store.zarr").rglob("*") if f.is_file())])
 
 
 def _written(file: Path) -> tuple[int, int]:
@@ -157,7 +155,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--tiny", action="store_true", help="sizes for a test, not for a figure")
     parser.add_argument("--runs", type=int, default=9, help="runs of each provider")
     parser.add_argument("--in", dest="folder", type=Path, help="a folder on the disk to measure")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "storage.json")
+    parser.add_argument("--out", type=Path, help="by default results/<machine>/storage.json")
     options = parser.parse_args(arguments)
     place: Path | None = options.folder
     rows, snapshots, chunk = (4096, 3, 1024) if options.tiny else (1 << 25, 16, 1 << 18)
@@ -180,9 +178,10 @@ def main(arguments: list[str] | None = None) -> Path:
         shutil.rmtree(folder)
     for record in records:
         print(f"{record['what']:28}  {record['provider']:22}  {record['gb_per_s']:6.2f} GB/s")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
-    return options.out
+    found = machine()
+    out: Path = options.out or results_file("storage", found)
+    write_results(out, found, records=records)
+    return out
 
 
 if __name__ == "__main__":

@@ -1,0 +1,408 @@
+"""Correctness, then speed, on a CUDA device, in one command: ``python benchmarks/gpu.py``.
+
+Every operation is held against float64 first; anything wrong ends the run with exit code 1 before a speed is
+measured. Without a CUDA device it says so and exits with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
+
+import cmdgpu_kernels as kernels  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.cases import F32, OUTPUT_ROW_BYTES, PADDING  # noqa: E402
+from benchmarks.machine import machine, results_file  # noqa: E402
+from benchmarks.run import write_results  # noqa: E402
+from cmdgpu.streaming.device import make_device  # noqa: E402
+from cmdgpu.streaming.reader import Block  # noqa: E402
+
+Work: TypeAlias = Callable[[], object]
+
+MARGIN = 1e-5
+GPU_ALLOWANCE = 3e-6
+"""Tensor cores truncate where the tolerances of the implementations were emulated with rounding."""
+_COPY_BYTES = 1 << 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    correct_snapshots: tuple[int, ...]
+    correct_rows: int
+    correct_modes: tuple[int, ...]
+    snapshots: int
+    rows: int
+    modes: tuple[int, ...]
+    block_rows: int
+    """Of a streamed block."""
+    blocks: int
+    runs: int
+
+
+H100 = Sizes((3, 20, 100, 500), 20_001, (1, 2, 5, 8, 10, 16, 32, 64, 100, 1000), 100, 40_000_000,
+             (1, 2, 5, 8, 10, 16, 32, 64, 100, 1000), 1 << 18, 64, 7)  # fmt: skip
+"""16 GB of float32, far beyond the L2 cache; a streamed block is 105 MB."""
+TINY = Sizes((3, 20), 300, (1, 3), 20, 512, (1, 3), 256, 3, 2)
+
+
+@dataclass(frozen=True)
+class Record:
+    case: str
+    provider: str
+    chosen: bool
+    machine: str
+    commit: str | None
+    median_ms: float
+    spread_ms: float
+    runs: int
+    bytes: int
+    gb_per_s: float
+    ceiling: str | None = None
+    ceiling_gb_per_s: float | None = None
+    percent_of_ceiling: float | None = None
+    percent_of_copy: float | None = None
+    """Copying counts its writes, and the pass hardly writes: reading is the ceiling, this is beside it."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# ---- clocks ---------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of a piece of work on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._backlog = torch.empty(1 << 26 if self._cuda else 1, device=device)
+
+    def on_device(self, work: Work) -> float:
+        """Between events, behind a backlog: launches are over before the work begins."""
+        if not self._cuda:
+            return self.wall(work)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._backlog.fill_(1.0)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def wall(self, work: Work) -> float:
+        self.wait()
+        started = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+# ---- data -----------------------------------------------------------------------------------------------
+
+
+def walks(rows: int, snapshots: int, dtype: str, device: torch.device, seed: int = 0) -> Tensor:
+    """(T, rows) random walks, snapshots padded apart."""
+    generator = torch.Generator(device).manual_seed(seed)
+    W_tb = torch.empty((snapshots, rows + PADDING), dtype=getattr(torch, dtype), device=device)
+    column = torch.zeros(rows + PADDING, device=device)
+    for t in range(snapshots):
+        column += torch.randn(rows + PADDING, generator=generator, device=device)
+        W_tb[t] = column
+    return W_tb[:, :rows]
+
+
+def profiles(modes: int, snapshots: int) -> F32:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((modes, snapshots), generator=generator).cumsum_(dim=1).numpy()
+
+
+def accepting(dtype: str, snapshots: int, modes: int, device: torch.device) -> tuple[list[Any], str]:
+    """Every implementation that serves the problem, and the name of the one that the product would run."""
+    problem = kernels.Problem(dtype=dtype, snapshots=snapshots, modes=modes, device=device.type)
+    found = [candidate for candidate in kernels.IMPLEMENTATIONS if not candidate.refusals(problem)]
+    return found, kernels.choose(problem)[0].name
+
+
+def gram_accepting(dtype: str, snapshots: int, device: torch.device) -> tuple[list[Any], str | None]:
+    """The same of the Gram matrix; nobody where the kernels have no such operation."""
+    gram: Any = getattr(kernels, "gram", None)
+    if gram is None:
+        return [], None
+    problem = kernels.Problem(dtype=dtype, snapshots=snapshots, modes=0, device=device.type)
+    found = [candidate for candidate in gram.IMPLEMENTATIONS if not candidate.refusals(problem)]
+    return found, found[0].name if found else None
+
+
+# ---- correctness ----------------------------------------------------------------------------------------
+
+
+def faults(device: torch.device, sizes: Sizes) -> Iterator[str]:
+    """What is wrong, in words; nothing when everything is right."""
+    for dtype in ("float32", "bfloat16", "float16"):
+        for T in sizes.correct_snapshots:
+            W_tb = walks(sizes.correct_rows, T, dtype, device)
+            W_tb[T // 2, 0], W_tb[0, 1], W_tb[:, 2] = torch.nan, torch.inf, 0.1
+            yield from _gram_faults(W_tb, dtype)
+            for modes in sizes.correct_modes:
+                yield from _fit_faults(W_tb, profiles(modes, T), dtype, device)
+
+
+def _fit_faults(W_tb: Tensor, R_mt: F32, dtype: str, device: torch.device) -> Iterator[str]:
+    T, modes = W_tb.shape[0], len(R_mt)
+    truth = kernels.assign_and_fit_reference(W_tb.double().cpu().numpy(), R_mt)
+    sure = truth.margin > MARGIN
+    special = truth.mode < 0
+    for candidate in accepting(dtype, T, modes, device)[0]:
+        where = f"assign_and_fit {candidate.name} T={T} M={modes} {dtype}"
+        fit = kernels.assign_and_fit(W_tb, R_mt, implementation=candidate.name)
+        mode = fit.mode.cpu().numpy()
+        if (n := int(np.count_nonzero((mode != truth.mode) & (sure | special)))) > 0:
+            yield f"{where}: {n} labels are wrong"
+        same = (mode == truth.mode) & ~special
+        error = np.abs(fit.correlation.cpu().numpy() - truth.correlation)[same]
+        allowed = candidate.tolerance[dtype] + GPU_ALLOWANCE
+        if not (worst := float(error.max(initial=0.0))) <= allowed:
+            yield f"{where}: the correlation errs by {worst:.1e}, allowed are {allowed:.1e}"
+        cut = W_tb.shape[1] // 2 // 16_384 * 16_384
+        if cut:
+            parts = [
+                kernels.assign_and_fit(part, R_mt, implementation=candidate.name)
+                for part in (W_tb[:, :cut], W_tb[:, cut:])
+            ]
+            again = torch.cat([part.a for part in parts])
+            if not torch.equal(again.view(torch.int32), fit.a.view(torch.int32)):
+                yield f"{where}: other bits in two blocks than in one"
+
+
+def _gram_faults(W_tb: Tensor, dtype: str) -> Iterator[str]:
+    candidates, _ = gram_accepting(dtype, W_tb.shape[0], W_tb.device)
+    if not candidates:
+        return
+    x = W_tb.double().cpu().numpy()
+    x = x[:, np.isfinite(x).all(axis=0)]
+    x = x - x[0]
+    truth = x @ x.T
+    size = np.sqrt(np.diag(truth))[1:]
+    for candidate in candidates:
+        found = candidate.run(W_tb)
+        error = np.abs(found.G - truth)[1:, 1:] / np.outer(size, size)
+        allowed = candidate.tolerance[dtype] + GPU_ALLOWANCE
+        where = f"gram_matrix {candidate.name} T={len(x)} {dtype}"
+        if not (worst := float(error.max(initial=0.0))) <= allowed:
+            yield f"{where}: errs by {worst:.1e}, allowed are {allowed:.1e}"
+        if (left_out := W_tb.shape[1] - x.shape[1]) != found.left_out:
+            yield f"{where}: leaves {found.left_out} rows out instead of {left_out}"
+
+
+# ---- speed ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timed:
+    case: str
+    provider: str
+    bytes: int
+    seconds: Callable[[], float]
+    chosen: bool = False
+    ceiling: str | None = None
+
+
+def copies(W: Tensor, clock: Clock) -> list[Timed]:
+    """The two ceilings of a resident pass: a copy counts reads and writes, a sum only reads."""
+    flat = torch.as_strided(W, (W.shape[0] * W.stride(0),), (1,))
+    n_bytes = flat.numel() * flat.element_size()
+    source = flat[: _COPY_BYTES // flat.element_size()]
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() * source.element_size()
+    return [
+        Timed("device copy", "torch copy", copied, lambda: clock.on_device(lambda: target.copy_(source))),
+        Timed("device read", "torch sum", n_bytes, lambda: clock.on_device(flat.sum)),
+        Timed("device read", "torch max", n_bytes, lambda: clock.on_device(flat.amax)),
+    ]
+
+
+def resident(W_tb: Tensor, dtype: str, sizes: Sizes, device: torch.device, clock: Clock) -> list[Timed]:
+    """The fused pass over a block that lies on the device, and the Gram matrix of the same block."""
+    T, rows = W_tb.shape
+    found: list[Timed] = []
+    for modes in sizes.modes:
+        references = kernels.prepare_references(profiles(modes, T))
+        candidates, chosen = accepting(dtype, T, modes, device)
+        for candidate in candidates:
+
+            def work(name: str = candidate.name, references: kernels.References = references) -> object:
+                return kernels.assign_and_fit(W_tb, references, implementation=name)
+
+            found.append(
+                Timed(
+                    f"assign_and_fit T={T} N={rows} M={modes} {dtype}",
+                    f"cmdgpu {candidate.name}",
+                    rows * (T * W_tb.element_size() + OUTPUT_ROW_BYTES),
+                    lambda work=work: clock.on_device(work),
+                    candidate.name == chosen,
+                    "device read",
+                )
+            )
+    candidates, chosen = gram_accepting(dtype, T, device)
+    found += [
+        Timed(
+            f"gram_matrix T={T} N={rows} {dtype}",
+            f"cmdgpu {candidate.name}",
+            rows * T * W_tb.element_size(),
+            lambda run=candidate.run: clock.on_device(lambda: run(W_tb)),
+            candidate.name == chosen,
+            "device read",
+        )
+        for candidate in candidates
+    ]
+    return found
+
+
+def carried(sizes: Sizes, device: torch.device, clock: Clock) -> list[Timed]:
+    """Plain copies to and from pinned memory, and blocks through the product's own engine from there."""
+    T, width = sizes.snapshots, sizes.block_rows
+    engine = make_device(device)
+    slots = [engine.host_slot(T, width, "float32") for _ in range(3)]
+    for seed, slot in enumerate(slots):
+        slot[:] = walks(width, T, "float32", torch.device("cpu"), seed).numpy()
+    pinned = torch.empty(T * width, pin_memory=device.type == "cuda").normal_()
+    there = torch.empty(T * width, device=device)
+    references = kernels.prepare_references(profiles(10, T))
+    n_bytes = sizes.blocks * T * width * 4
+
+    def compute(W_tb: Tensor) -> tuple[Tensor, ...]:
+        fit = kernels.assign_and_fit(W_tb, references)
+        return fit.mode, fit.a, fit.b, fit.correlation, fit.ss
+
+    def stream() -> None:
+        under_way: deque[Any] = deque()
+        for number in range(sizes.blocks):
+            slot = number % len(slots)
+            block = Block(number, number + 1, slots[slot], slot, slots[slot].nbytes)
+            under_way.append(engine.submit(block, width, "float32", compute))
+            if len(under_way) > engine.ahead:
+                under_way.popleft().outputs()
+        while under_way:
+            under_way.popleft().outputs()
+
+    def repeat(target: Tensor, source: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(sizes.blocks):
+                target.copy_(source, non_blocking=True)
+
+        return run
+
+    up, down = repeat(there, pinned), repeat(pinned, there)
+    return [
+        Timed("host to device", "torch copy", n_bytes, lambda: clock.wall(up)),
+        Timed("device to host", "torch copy", n_bytes, lambda: clock.wall(down)),
+        Timed(
+            f"stream T={T} N={sizes.blocks * width} M=10 float32, from pinned memory",
+            "cmdgpu engine",
+            n_bytes,
+            lambda: clock.wall(stream),
+            True,
+            "host to device",
+        ),
+    ]
+
+
+def in_turns(timed: Sequence[Timed], runs: int, found: dict[str, Any]) -> list[Record]:
+    """All once to warm up, then in turns; a ceiling is the fastest of its ways, in the same turns."""
+    for one in timed:
+        one.seconds()
+    seconds: list[list[float]] = [[] for _ in timed]
+    for _ in range(runs):
+        for mine, one in zip(seconds, timed, strict=True):
+            mine.append(one.seconds())
+    rates = [one.bytes / statistics.median(mine) / 1e9 for one, mine in zip(timed, seconds, strict=True)]
+    limits: dict[str, float] = {}
+    for one, rate in zip(timed, rates, strict=True):
+        limits[one.case] = max(rate, limits.get(one.case, 0.0))
+    copy = limits.get("device copy")
+    records: list[Record] = []
+    for one, mine, rate in zip(timed, seconds, rates, strict=True):
+        limit = limits[one.ceiling] if one.ceiling else None
+        on_device = copy is not None and one.ceiling == "device read"
+        records.append(
+            Record(
+                case=one.case,
+                provider=one.provider,
+                chosen=one.chosen,
+                machine=found["name"],
+                commit=found["commit"],
+                median_ms=1e3 * statistics.median(mine),
+                spread_ms=1e3 * (max(mine) - min(mine)),
+                runs=runs,
+                bytes=one.bytes,
+                gb_per_s=rate,
+                ceiling=one.ceiling,
+                ceiling_gb_per_s=limit,
+                percent_of_ceiling=100 * rate / limit if limit else None,
+                percent_of_copy=100 * rate / copy if copy is not None and on_device else None,
+            )
+        )
+    return records
+
+
+def speeds(device: torch.device, sizes: Sizes, found: dict[str, Any]) -> list[Record]:
+    clock = Clock(device)
+    records = in_turns(carried(sizes, device, clock), sizes.runs, found)
+    for dtype in ("float32", "bfloat16"):
+        W_tb = walks(sizes.rows, sizes.snapshots, dtype, device)
+        timed = [*copies(W_tb, clock), *resident(W_tb, dtype, sizes, device, clock)]
+        records += in_turns(timed, sizes.runs, found)
+        del W_tb, timed
+    return records
+
+
+def run(device: torch.device, sizes: Sizes, out: Path | None) -> Path:
+    """Raises SystemExit with everything that is wrong, before any speed is measured."""
+    found = machine(device)
+    with np.errstate(all="ignore"):  # where Triton is interpreted it computes in NumPy, which warns
+        wrong = list(faults(device, sizes))
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    print("every operation agrees with float64", flush=True)
+    records = speeds(device, sizes, found)
+    for record in records:
+        percent = (
+            ""
+            if record.percent_of_ceiling is None
+            else f"{record.percent_of_ceiling:5.1f} % of {record.ceiling}"
+        )
+        print(f"{record.case:56}  {record.provider:20}  {record.gb_per_s:8.1f} GB/s  {percent}")
+    target = out or results_file("gpu", found)
+    write_results(target, found, records=[record.to_json() for record in records])
+    return target
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="by default results/<machine>/gpu.json")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing was checked or measured", file=sys.stderr)
+        raise SystemExit(2)
+    return run(torch.device("cuda", 0), H100, options.out)
+
+
+if __name__ == "__main__":
+    main()
