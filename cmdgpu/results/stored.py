@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
+from cmdgpu.notation import AnyArray
 from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
 from cmdgpu.results.head import read_head
 from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest, unit_documents
@@ -147,10 +148,8 @@ class StoredWriter:
         return True
 
     def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
-        n = len(rows.mode)
-        chunks = {name: self._ledger.empty(name) for name in UNIT_ARRAYS}
-        for name in fmt.RESULT_ROWS:
-            chunks[name][:n] = getattr(rows, name)
+        chunks = {name: self._filled(name, getattr(rows, name)) for name in fmt.RESULT_ROWS}
+        chunks |= {name: self._ledger.empty(name) for name in ("segment_stats", "unit_hist")}
         chunks["segment_stats"][0, : len(statistics.segments)] = statistics.segments
         chunks["unit_hist"][0, : len(statistics.histogram)] = statistics.histogram
 
@@ -168,6 +167,14 @@ class StoredWriter:
             # swept up by who finished this fit: the unit was done already; any other failure is ours
             if not _vanished(error) or not (self.is_done(unit) or self._ended_elsewhere()):
                 raise
+
+    def _filled(self, name: str, values: AnyArray) -> AnyArray:
+        """The rows as a whole chunk: a last unit is filled up, the others are one already."""
+        if values.dtype == fmt.RESULT_ROWS[name][0] and len(values) == self._frame.rows:
+            return np.ascontiguousarray(values)
+        chunk = self._ledger.empty(name)
+        chunk[: len(values)] = values
+        return chunk
 
     def _tick_off(self, unit: int, crcs: list[bytes]) -> None:
         """Only after the data are durable: done before data would acknowledge nothing."""

@@ -58,10 +58,10 @@ def fitted_units(
     with ThreadPoolExecutor(threads, thread_name_prefix="cmdgpu-read") as pool:
         under_way: deque[tuple[int, Future[tuple[Tensor, ...]]]] = deque()
         try:
-            for at in range(len(units) + threads + 1):
+            for at in range(len(units) + threads):
                 if at < len(units):
                     under_way.append((units[at], pool.submit(fit, at)))
-                if under_way and (len(under_way) > threads + 1 or at >= len(units)):
+                if under_way and (len(under_way) > threads or at >= len(units)):
                     unit, future = under_way.popleft()
                     yield unit, future.result(), n_bytes
         finally:

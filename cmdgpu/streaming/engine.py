@@ -98,7 +98,7 @@ def run_pass(
     """
     frame = work.frame
     unit_bytes = frame.rows * len(columns) * fmt.storage(source.dtype).numpy.itemsize
-    missing = [unit for unit in range(frame.n_units) if not writer.is_done(unit)]
+    missing = _missing(writer, frame.n_units)
     started, bytes_read = time.perf_counter(), 0
     progress.begin("fit", unit_bytes * frame.n_units)
     progress.advance(unit_bytes * (frame.n_units - len(missing)))
@@ -140,6 +140,11 @@ def _through_slots(
                 yield from settle(*under_way.popleft())
         while under_way:
             yield from settle(*under_way.popleft())
+
+
+def _missing(writer: ResultWriter, n_units: int) -> list[int]:
+    """Units that are not done, in the order in which they are taken."""
+    return [unit for unit in range(n_units) if not writer.is_done(unit)]
 
 
 def _runs(units: list[int], longest: int) -> list[tuple[int, int]]:

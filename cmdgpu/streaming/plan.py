@@ -12,8 +12,9 @@ TARGET_BLOCK_BYTES: Final = 128 << 20
 """Where a larger slot stops paying: launches and file opens are already small beside the bytes."""
 SLOT_PADDING: Final = 96
 """Elements between the rows of a slot: a power-of-two stride puts all snapshots in the same cache sets."""
-_RESERVED: Final = 16 << 20
-"""Stacks of the reading and writing threads, file buffers, the interpreter's own growth."""
+_RESERVED: Final = 32 << 20
+"""Stacks of the reading and writing threads, file buffers, the interpreter's own growth, and what sampling
+and clustering leave in the allocator (26 MB after 1,000 samples)."""
 _OUTPUT_ROW_BYTES: Final = 18
 """mode 2, a 4, b 4, correlation 4, ss 4."""
 WRITES_IN_FLIGHT: Final = 4

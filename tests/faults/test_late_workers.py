@@ -39,8 +39,8 @@ UNITS: Final = 12
 MIDDLE: Final = 5
 """The unit at which a worker falls asleep."""
 LONGEST_S: Final = 120
-RUNS: Final = "_runs"
-"""How a pass cuts the units that are missing into blocks."""
+MISSING: Final = "_missing"
+"""Which units a pass takes, in which order."""
 
 
 # ---- the workers --------------------------------------------------------------------------------------
@@ -133,12 +133,12 @@ def go_backwards() -> None:
     """The last unit first: two workers meet in the middle."""
     from cmdgpu.streaming import engine
 
-    runs: Callable[[list[int], int], list[tuple[int, int]]] = getattr(engine, RUNS)
+    missing: Callable[[object, int], list[int]] = getattr(engine, MISSING)
 
-    def reversed_runs(units: list[int], longest: int) -> list[tuple[int, int]]:
-        return runs(units, longest)[::-1]
+    def reversed_missing(writer: object, n_units: int) -> list[int]:
+        return missing(writer, n_units)[::-1]
 
-    patch.object(engine, RUNS, reversed_runs).start()
+    patch.object(engine, MISSING, reversed_missing).start()
 
 
 def tell_units() -> None:
@@ -147,13 +147,14 @@ def tell_units() -> None:
     def write_and_tell(writer: StoredWriter, unit: int, *rest: Any) -> None:
         write(writer, unit, *rest)
         say(f"UNIT {unit}")
-        time.sleep(0.02)  # somebody else gets his turn, and a kill its time
+        time.sleep(0.06)  # somebody else gets his turn, and a kill its time
 
     patch.object(StoredWriter, "write", write_and_tell).start()
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    sys.stdout.write(f"{line}\n")  # at once: several threads speak
+    sys.stdout.flush()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -173,6 +174,7 @@ def main(argv: Sequence[str]) -> int:
     # what is loaded late is loaded now: workers told to go at one time begin at one time
     CMD(2, n_samples=8, device="cpu").fit(np.random.default_rng(0).standard_normal((300, 4), np.float32))
     patch("cmdgpu.streaming.plan.TARGET_BLOCK_BYTES", 1).start()
+    patch("cmdgpu.streaming.engine.WRITES_IN_FLIGHT", 2).start()  # so that a fit is under way for a while
     tell_units()
     if asked.backwards:
         go_backwards()
