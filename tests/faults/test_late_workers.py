@@ -292,9 +292,12 @@ def race(world: World, folder: Path, kills: int, *options: str) -> Race:
 def test_two_workers_and_kills_leave_the_bytes_of_one_undisturbed_worker(
     world: World, tmp_path: Path
 ) -> None:
-    seen = race(world, tmp_path / "0", kills=2)
-    assert seen.wrong == []
-    assert seen.midway, "no kill came while the fit was under way"
+    races = (race(world, tmp_path / str(i), kills=2) for i in range(6))
+    for seen in races:  # a fit is short: another try where every kill came before it or after
+        assert seen.wrong == []
+        if seen.midway:
+            return
+    raise AssertionError("no kill came while the fit was under way")
 
 
 @pytest.mark.long
@@ -306,8 +309,8 @@ def test_many_kills_leave_the_bytes_of_one_undisturbed_worker(world: World, tmp_
 
 @pytest.mark.slow
 def test_shared_temporary_names_are_found(world: World, tmp_path: Path) -> None:
-    seen = race(world, tmp_path / "0", 1, "--mutation", "fixed_names")
-    assert seen.wrong, "the harness is blind to torn files"
+    races = (race(world, tmp_path / str(i), 1, "--mutation", "fixed_names") for i in range(8))
+    assert any(seen.wrong for seen in races), "the harness is blind to torn files"
 
 
 # ---- a sleeper wakes up -------------------------------------------------------------------------------
