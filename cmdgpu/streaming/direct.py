@@ -6,7 +6,7 @@ store: a unit in which anything is wrong is looked at again, chunk by chunk, unt
 
 from __future__ import annotations
 
-import resource
+import sys
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,8 +36,17 @@ def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.de
         return 0
     if not ops.can_fit_files(source.dtype, n_snapshots, n_modes):
         return 0
-    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(min(torch.get_num_threads(), (most_files - _OTHER_FILES) // max(n_snapshots, 1)), 0)
+    return max(min(torch.get_num_threads(), (_most_files() - _OTHER_FILES) // max(n_snapshots, 1)), 0)
+
+
+def _most_files() -> int:
+    """Descriptors this process may have."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
 
 
 def fitted_units(
@@ -55,7 +64,10 @@ def fitted_units(
         coming = units[at + threads] if at + threads < len(units) else None
         return _fit(view, times, work, units[at], coming)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="cmdgpu-read") as pool:
+    # Threads inherit how their maker treats subnormals; the kernel's bits must not.
+    with ThreadPoolExecutor(
+        threads, "cmdgpu-read", initializer=torch.set_flush_denormal, initargs=(False,)
+    ) as pool:
         under_way: deque[tuple[int, Future[tuple[Tensor, ...]]]] = deque()
         try:
             for at in range(len(units) + threads):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -254,6 +255,24 @@ def test_files_that_change_between_two_looks_are_an_error(
     assert len(asked) >= 2
 
 
+@pytest.mark.usefixtures("route")
+def test_a_callers_treatment_of_subnormals_changes_no_bit(tmp_path: Path) -> None:
+    values = walks(600, 12)
+    values[7] = 1e-40
+    values[8] += 3e-41
+    source = write_store(tmp_path / "s.zarr", values)
+    plain = CMD(n_modes=2, n_samples=50).fit(source)
+    assert plain.b_[7] == np.float32(1e-40)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU always keeps subnormals")
+    try:
+        flushed = CMD(n_modes=2, n_samples=50).fit(source)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed.b_[7].tobytes() == plain.b_[7].tobytes()
+    assert row_bits(flushed) == row_bits(plain)
+
+
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     take("direct", monkeypatch)
     source = StoreSource.__new__(StoreSource)
@@ -262,6 +281,8 @@ def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pyt
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))  # pyright: ignore
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert [threads_for(source, n, 4, cpu) for n in (10, 100, 384, 768, 769)] == [8, 7, 2, 1, 0]
+    monkeypatch.setattr("resource.getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)  # pyright: ignore
+    assert threads_for(source, 100_000, 4, cpu) == 8
     assert threads_for(source, 10, 4, torch.device("cuda")) == 0
 
 
