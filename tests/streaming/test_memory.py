@@ -111,12 +111,14 @@ def test_a_fit_in_memory_counts_its_results_against_the_limit(
 ) -> None:
     script = f"""
 with MemoryMeter(0.001) as meter:
-    cmd = CMD().fit(Trajectory.open(sys.argv[1]), memory_limit={LIMIT})
+    cmd = CMD().fit(Trajectory.open(sys.argv[1]), memory_limit={2 * LIMIT})
 print(json.dumps({{"peak": meter.above_start_bytes, "planned": cmd.metrics_["planned_bytes"]}}))
 """
+    if route == "direct" and not ops.can_fit_files("float32", T, 10):
+        pytest.skip("no compiled kernel that reads files")
     found = measured(script, half_gigabyte, tmp_path, route)
     slots = 2 * ROWS * T * 4 if route == "slots" else 0
-    assert 14 * N + slots < found["planned"] < LIMIT
+    assert 14 * N + slots < found["planned"] < 2 * LIMIT
     assert found["peak"] <= found["planned"]
 
 
