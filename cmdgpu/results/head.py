@@ -57,7 +57,7 @@ def read_head(path: Path) -> tuple[fmt.Json, dict[str, Any], Frame]:
     frame = Frame(ParameterMap.from_json(head.get("layout"), file), np.array(steps, dtype=np.int64), rows)
     require(units.get("count") == frame.n_units <= _MAX_UNITS, "number of units")
     source = fmt.as_dict(head.get("source")) or {}
-    require(source.get("dtype") in fmt.STORAGES and source.get("steps") == steps, "source")
+    require(source.get("dtype") in tuple(fmt.STORAGES) and source.get("steps") == steps, "source")
     require("origin" in head, "origin")
     origin = head["origin"]
     require(origin is None or (isinstance(origin, str) and len(origin) <= 4096), "origin")

@@ -613,6 +613,7 @@ RESULTS: Final[dict[str, Case]] = {
     "sample modes beyond the modes": Case(_modes("sample_mode", np.full(60, 32000, "<i2"))),
     "fewer sample modes than samples": Case(_modes("sample_mode", np.zeros(3, "<i2"))),
     "a sample of other snapshots": Case(_modes("sample", np.zeros((60, 1), "<f4"))),
+    "a source of a type that is a list": Case(_within("source", dtype=[])),
     "a linkage of five merges": Case(_modes("linkage", np.zeros((5, 4), "<f8"))),
     "a linkage of three fields": Case(_modes("linkage", np.zeros((59, 3), "<f8"))),
     "modes beyond the modes": Case(_unit("mode", lambda v: v.fill(32000))),
