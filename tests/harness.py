@@ -242,9 +242,16 @@ def run_cli(*arguments: str | Path) -> Ended:
 
 
 def start_child(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """``python <arguments>``; its streams are pipes where ``options`` do not say otherwise."""
+    """``python <arguments>``; its streams are pipes where ``options`` do not say otherwise.
+
+    It hears interrupts even where these tests run in the background of a shell, which ignores them for all.
+    """
     streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **streams)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **streams)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_of(child: subprocess.Popen[str], timeout: float = 120) -> Ended:
