@@ -46,7 +46,7 @@ class _Pieces(ctypes.Structure):
 def _path(implementation: str) -> str | None:
     """The library behind ``native-<path>``, if it reads files."""
     prefix, _, path = implementation.partition("-")
-    return path if prefix == "native" and library.load(path).cmdgpu_can_read() else None
+    return path if prefix == "native" and library.reads_files(path) else None
 
 
 def can_fit_files(implementation: str) -> bool:
@@ -99,7 +99,6 @@ def fit_files(
     call = native_impl.Call(path, references, fit, dtype)
     crcs = np.frombuffer(b"".join(kept), dtype="<u4")
     small = np.zeros((2, len(names)), dtype=np.int32)
-    answers = np.zeros(len(names), dtype=np.int64)
     pieces = _Pieces(
         files=files.Files(
             directory=os.fsencode(directory),
@@ -107,7 +106,6 @@ def fit_files(
             files=len(names),
             bytes=n_bytes,
             kept=crcs.ctypes.data,
-            answers=answers.ctypes.data,
         ),
         coming=None if coming is None else files.joined(coming),
         rows=step,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cmdgpu_kernels import dispatch
 from cmdgpu_kernels.class_sums import native_impl
-from cmdgpu_kernels.class_sums.reference import FIELDS, FIRST_MODE, N_BINS, class_sums_reference
+from cmdgpu_kernels.class_sums.reference import FIELDS, FIRST_MODE, N_BINS, FittedRows, class_sums_reference
 from cmdgpu_kernels.dispatch import Implementation, Problem
 from cmdgpu_kernels.native import library
 
@@ -21,18 +21,7 @@ F32 = NDArray[np.float32]
 
 class Run(Protocol):
     def __call__(
-        self,
-        mode: NDArray[np.int16],
-        a: F32,
-        b: F32,
-        correlation: F32,
-        ss: F32,
-        *,
-        reference_means: NDArray[np.float64],
-        n_snapshots: int,
-        epsilon: float,
-        sums: NDArray[np.float64],
-        histogram: NDArray[np.int64] | None,
+        self, fitted: FittedRows, sums: NDArray[np.float64], histogram: NDArray[np.int64] | None, /
     ) -> None: ...
 
 
@@ -75,15 +64,5 @@ def class_sums(
     candidates = [c for c in IMPLEMENTATIONS if implementation in (None, c.name)]
     problem = Problem("float32", n_snapshots, len(reference_means), "cpu")
     chosen, _ = dispatch.choose("class_sums", candidates, problem)
-    chosen.run(
-        mode,
-        a,
-        b,
-        correlation,
-        ss,
-        reference_means=reference_means,
-        n_snapshots=n_snapshots,
-        epsilon=epsilon,
-        sums=sums,
-        histogram=histogram,
-    )
+    fitted = FittedRows(mode, a, b, correlation, ss, reference_means, n_snapshots, epsilon)
+    chosen.run(fitted, sums, histogram)

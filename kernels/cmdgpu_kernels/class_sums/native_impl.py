@@ -7,12 +7,10 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
-from cmdgpu_kernels.class_sums.reference import FIELDS, FIRST_MODE
+from cmdgpu_kernels.class_sums.reference import FIELDS, FIRST_MODE, FittedRows
 from cmdgpu_kernels.native.library import LINE, aligned, load
 
 __all__ = ["run"]
-
-F32 = NDArray[np.float32]
 
 
 class _Arguments(ctypes.Structure):
@@ -36,23 +34,13 @@ class _Arguments(ctypes.Structure):
 
 
 def run(
-    path: str,
-    mode: NDArray[np.int16],
-    a: F32,
-    b: F32,
-    correlation: F32,
-    ss: F32,
-    *,
-    reference_means: NDArray[np.float64],
-    n_snapshots: int,
-    epsilon: float,
-    sums: NDArray[np.float64],
-    histogram: NDArray[np.int64] | None,
+    path: str, fitted: FittedRows, sums: NDArray[np.float64], histogram: NDArray[np.int64] | None
 ) -> None:
     """See ``class_sums_reference``."""
-    n_modes = len(reference_means)
-    means = np.ascontiguousarray(reference_means if n_modes else np.zeros(1), dtype=np.float64)
-    rows = [np.ascontiguousarray(values) for values in (mode, a, b, correlation, ss)]
+    n_modes = len(fitted.reference_means)
+    means = np.ascontiguousarray(fitted.reference_means if n_modes else np.zeros(1), dtype=np.float64)
+    given = (fitted.mode, fitted.a, fitted.b, fitted.correlation, fitted.ss)
+    rows = [np.ascontiguousarray(values) for values in given]
     counted = histogram if n_modes else None
     kinds = [np.dtype(np.int16), *[np.dtype(np.float32)] * 4]
     assert [values.dtype for values in rows] == kinds and len({len(values) for values in rows}) == 1
@@ -61,11 +49,11 @@ def run(
     scratch = np.empty((FIRST_MODE + n_modes + 1) * LINE, dtype=np.uint8)
     arguments = _Arguments(
         *(values.ctypes.data for values in rows),
-        rows=len(mode),
+        rows=len(fitted.mode),
         means=means.ctypes.data,
         classes=FIRST_MODE + n_modes,
-        snapshots=n_snapshots,
-        epsilon4=4.0 * epsilon,
+        snapshots=fitted.n_snapshots,
+        epsilon4=4.0 * fitted.epsilon,
         sums=sums.ctypes.data,
         histogram=None if counted is None else counted.ctypes.data,
         scratch=aligned(scratch.ctypes.data),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmdgpu_kernels.dispatch import Problem
-from cmdgpu_kernels.native.library import PATHS, load, refusals
+from cmdgpu_kernels.native.library import PATHS, load, reads_files, refusals
 
 __all__ = ["Files", "can_read", "joined", "read_checked", "read_tails"]
 
@@ -41,12 +41,10 @@ def _library() -> Any:
     """The best library that reads, or None."""
     problem = Problem("float32", 1, 1, "cpu")
     for path in PATHS:
-        if not refusals(path, problem):
+        if not refusals(path, problem) and reads_files(path):
             library = load(path)
-            library.cmdgpu_can_read.restype = ctypes.c_int64
-            if library.cmdgpu_can_read():
-                library.cmdgpu_read_checked.restype = library.cmdgpu_read_tails.restype = None
-                return library
+            library.cmdgpu_read_checked.restype = library.cmdgpu_read_tails.restype = None
+            return library
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 
 from cmdgpu_kernels.dispatch import Problem
 
-__all__ = ["LINE", "PATHS", "aligned", "load", "refusals"]
+__all__ = ["LINE", "PATHS", "aligned", "load", "reads_files", "refusals"]
 
 LIBRARIES: Final = Path(__file__).with_name("lib")
 SOURCE: Final = Path(__file__).with_name("native.cpp")
@@ -86,6 +86,13 @@ def _features() -> frozenset[str]:
 def load(path: str) -> Any:
     """The library for ``path``. Raises OSError."""
     return ctypes.CDLL(str(LIBRARIES / f"{path}.so"))
+
+
+def reads_files(path: str) -> bool:
+    """Whether that library's instruction set has the CRC of files."""
+    library = load(path)
+    library.cmdgpu_can_read.restype = ctypes.c_int64
+    return bool(library.cmdgpu_can_read())
 
 
 def aligned(address: int) -> int:
