@@ -29,6 +29,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 PARTIAL = ".partial"
 """Suffix of everything that is not finished; readers never look at such names."""
 
+TRY_AGAIN = "free some space or fix the disk, then run the same command again"
+
 
 def partial_name(name: str) -> str:
     """A temporary name beside ``name``: random, not a process id, because hosts share stores."""
@@ -73,9 +75,7 @@ def write_file(directory: Path, name: str, parts: Iterable[Buffer]) -> None:
         if not isinstance(error, OSError):
             raise
         raise WriteFailed(
-            f"cannot write: {reason_of(error)}",
-            file=directory / name,
-            hint="free some space or fix the disk, then run the same command again",
+            f"cannot write: {reason_of(error)}", file=directory / name, hint=TRY_AGAIN
         ) from error
 
 
@@ -106,7 +106,9 @@ def flush_directory(path: Path) -> None:
         with open_directory(path) as fd:
             os.fsync(fd)
     except OSError as error:
-        raise WriteFailed(f"cannot flush the directory: {reason_of(error)}", file=path) from error
+        raise WriteFailed(
+            f"cannot flush the directory: {reason_of(error)}", file=path, hint=TRY_AGAIN
+        ) from error
 
 
 def rename(old: Path, new: Path) -> None:
@@ -131,7 +133,7 @@ def set_aside(path: Path) -> Path:
     try:
         rename(path, aside)
     except OSError as error:
-        raise WriteFailed(f"cannot rename: {reason_of(error)}", file=path) from error
+        raise WriteFailed(f"cannot rename: {reason_of(error)}", file=path, hint=TRY_AGAIN) from error
     return aside
 
 
@@ -148,7 +150,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise StoreExists("something is already there", file=final, hint="choose another path") from error
-        raise WriteFailed(f"cannot create: {reason_of(error)}", file=final) from error
+        raise WriteFailed(f"cannot create: {reason_of(error)}", file=final, hint=TRY_AGAIN) from error
 
 
 def entries(directory: Path) -> list[Path]:
@@ -165,7 +167,9 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteFailed(f"cannot create the directory: {reason_of(error)}", file=path) from error
+        raise WriteFailed(
+            f"cannot create the directory: {reason_of(error)}", file=path, hint=TRY_AGAIN
+        ) from error
     for made in missing:
         flush_directory(made.parent)
 
@@ -178,7 +182,7 @@ def remove(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise WriteFailed(f"cannot delete: {reason_of(error)}", file=path) from error
+        raise WriteFailed(f"cannot delete: {reason_of(error)}", file=path, hint=TRY_AGAIN) from error
 
 
 def remove_partials(directory: Path) -> None:
