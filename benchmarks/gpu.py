@@ -1,18 +1,22 @@
 """Correctness, then speed, on a CUDA device, in one command: ``python benchmarks/gpu.py``.
 
-Every operation is held against float64 first; anything wrong ends the run with exit code 1 before a speed is
-measured. Without a CUDA device it says so and exits with 2.
+Every operation is held against float64 first, in one process per core, as most of that time is compiling;
+anything wrong ends the run with exit code 1 before a speed is measured. Without a CUDA device it says so and
+exits with 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,12 +26,14 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
 import cmdgpu_kernels as kernels  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from cmdgpu_kernels import gram  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.cases import F32, OUTPUT_ROW_BYTES, PADDING  # noqa: E402
 from benchmarks.machine import machine, results_file  # noqa: E402
 from benchmarks.run import write_results  # noqa: E402
-from cmdgpu.streaming.device import make_device  # noqa: E402
+from cmdgpu.streaming.device import Device, make_device  # noqa: E402
 from cmdgpu.streaming.reader import Block  # noqa: E402
 
 Work: TypeAlias = Callable[[], object]
@@ -36,6 +42,8 @@ MARGIN = 1e-5
 GPU_ALLOWANCE = 3e-6
 """Tensor cores truncate where the tolerances of the implementations were emulated with rounding."""
 _COPY_BYTES = 1 << 32
+_CUT = 16_384
+"""Where a block may be cut in two without another bit, by every implementation's word."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,14 @@ class Clock:
 # ---- data -----------------------------------------------------------------------------------------------
 
 
-def walks(rows: int, snapshots: int, dtype: str, device: torch.device, seed: int = 0) -> Tensor:
-    """(T, rows) random walks, snapshots padded apart."""
-    generator = torch.Generator(device).manual_seed(seed)
-    W_tb = torch.empty((snapshots, rows + PADDING), dtype=getattr(torch, dtype), device=device)
-    column = torch.zeros(rows + PADDING, device=device)
+def walks(rows: int, snapshots: int, dtype: str, device: torch.device, padding: int = PADDING) -> Tensor:
+    """(T, rows) random walks, a multiple of 16 elements and ``padding`` more apart."""
+    generator = torch.Generator(device).manual_seed(0)
+    width = -(-rows // 16) * 16 + padding
+    W_tb = torch.empty((snapshots, width), dtype=getattr(torch, dtype), device=device)
+    column = torch.zeros(width, device=device)
     for t in range(snapshots):
-        column += torch.randn(rows + PADDING, generator=generator, device=device)
+        column += torch.randn(width, generator=generator, device=device)
         W_tb[t] = column
     return W_tb[:, :rows]
 
@@ -140,61 +149,116 @@ def accepting(dtype: str, snapshots: int, modes: int, device: torch.device) -> t
     return found, kernels.choose(problem)[0].name
 
 
-def gram_accepting(dtype: str, snapshots: int, device: torch.device) -> tuple[list[Any], str | None]:
-    """The same of the Gram matrix; nobody where the kernels have no such operation."""
-    gram: Any = getattr(kernels, "gram", None)
-    if gram is None:
-        return [], None
+def gram_accepting(dtype: str, snapshots: int, device: torch.device) -> tuple[list[Any], str]:
+    """The same of the Gram matrix."""
     problem = kernels.Problem(dtype=dtype, snapshots=snapshots, modes=0, device=device.type)
     found = [candidate for candidate in gram.IMPLEMENTATIONS if not candidate.refusals(problem)]
-    return found, found[0].name if found else None
+    return found, found[0].name
 
 
 # ---- correctness ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A block whose answers are held against float64."""
+
+    dtype: str
+    snapshots: int
+    layout: str
+    """``time-major``, ``row-major``, or ``ragged``: snapshots an odd number of elements apart."""
+
+
+def blocks_of(sizes: Sizes) -> list[Checked]:
+    """The longest first: they run side by side."""
+    return [
+        Checked(dtype, T, layout)
+        for T in sorted(sizes.correct_snapshots, reverse=True)
+        for dtype in ("float32", "bfloat16", "float16")
+        for layout in ("time-major", "row-major", *(["ragged"] if dtype == "float32" else []))
+    ]
+
+
 def faults(device: torch.device, sizes: Sizes) -> Iterator[str]:
     """What is wrong, in words; nothing when everything is right."""
-    for dtype in ("float32", "bfloat16", "float16"):
-        for T in sizes.correct_snapshots:
-            W_tb = walks(sizes.correct_rows, T, dtype, device)
-            W_tb[T // 2, 0], W_tb[0, 1], W_tb[:, 2] = torch.nan, torch.inf, 0.1
-            yield from _gram_faults(W_tb, dtype)
-            for modes in sizes.correct_modes:
-                yield from _fit_faults(W_tb, profiles(modes, T), dtype, device)
+    blocks = blocks_of(sizes)
+    if device.type == "cpu":
+        for block in blocks:
+            yield from faults_of(block, device, sizes)
+        return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read by the children
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for found in pool.map(faults_of, blocks, [device] * len(blocks), [sizes] * len(blocks)):
+            yield from found
 
 
-def _fit_faults(W_tb: Tensor, R_mt: F32, dtype: str, device: torch.device) -> Iterator[str]:
+def faults_of(block: Checked, device: torch.device, sizes: Sizes) -> list[str]:
+    torch.set_num_threads(1)
+    T = block.snapshots
+    W_tb = walks(sizes.correct_rows, T, block.dtype, device, 1 if block.layout == "ragged" else PADDING)
+    W_tb[T // 2, 0], W_tb[0, 1], W_tb[:, 2] = torch.nan, torch.inf, 0.1
+    if block.layout == "row-major":
+        W_tb = W_tb.T.contiguous().T
+    found = list(_gram_faults(W_tb, block))
+    for modes in sizes.correct_modes:
+        found += _fit_faults(W_tb, profiles(modes, T), block)
+    return found
+
+
+def _fit_faults(W_tb: Tensor, R_mt: F32, block: Checked) -> Iterator[str]:
     T, modes = W_tb.shape[0], len(R_mt)
     truth = kernels.assign_and_fit_reference(W_tb.double().cpu().numpy(), R_mt)
+    references = kernels.prepare_references(R_mt)
     sure = truth.margin > MARGIN
     special = truth.mode < 0
-    for candidate in accepting(dtype, T, modes, device)[0]:
-        where = f"assign_and_fit {candidate.name} T={T} M={modes} {dtype}"
-        fit = kernels.assign_and_fit(W_tb, R_mt, implementation=candidate.name)
+    for candidate in accepting(block.dtype, T, modes, W_tb.device)[0]:
+        where = f"assign_and_fit {candidate.name} T={T} M={modes} {block.dtype} {block.layout}"
+        fit = kernels.assign_and_fit(W_tb, references, implementation=candidate.name)
         mode = fit.mode.cpu().numpy()
         if (n := int(np.count_nonzero((mode != truth.mode) & (sure | special)))) > 0:
             yield f"{where}: {n} labels are wrong"
+        allowed = candidate.tolerance[block.dtype] + GPU_ALLOWANCE
         same = (mode == truth.mode) & ~special
-        error = np.abs(fit.correlation.cpu().numpy() - truth.correlation)[same]
-        allowed = candidate.tolerance[dtype] + GPU_ALLOWANCE
-        if not (worst := float(error.max(initial=0.0))) <= allowed:
-            yield f"{where}: the correlation errs by {worst:.1e}, allowed are {allowed:.1e}"
-        cut = W_tb.shape[1] // 2 // 16_384 * 16_384
-        if cut:
-            parts = [
-                kernels.assign_and_fit(part, R_mt, implementation=candidate.name)
-                for part in (W_tb[:, :cut], W_tb[:, cut:])
-            ]
-            again = torch.cat([part.a for part in parts])
-            if not torch.equal(again.view(torch.int32), fit.a.view(torch.int32)):
-                yield f"{where}: other bits in two blocks than in one"
+        for field, error in _errors(fit, truth, references, same).items():
+            if not (worst := float(error.max(initial=0.0))) <= allowed:
+                yield f"{where}: {field} errs by {worst:.1e}, allowed are {allowed:.1e}"
+        for field, value in (("a", 0.0), ("correlation", 0.0)):
+            if (numpy_of(getattr(fit, field))[special] != value).any():
+                yield f"{where}: {field} of a row without a mode is not {value}"
+        parts = [
+            kernels.assign_and_fit(part, references, implementation=candidate.name)
+            for part in (W_tb[:, :_CUT], W_tb[:, _CUT:])
+        ]
+        for field in ("a", "b", "correlation", "ss"):
+            again = torch.cat([getattr(part, field) for part in parts])
+            if not torch.equal(again.view(torch.int32), getattr(fit, field).view(torch.int32)):
+                yield f"{where}: {field} has other bits in two blocks than in one"
 
 
-def _gram_faults(W_tb: Tensor, dtype: str) -> Iterator[str]:
-    candidates, _ = gram_accepting(dtype, W_tb.shape[0], W_tb.device)
-    if not candidates:
-        return
+def numpy_of(values: Tensor) -> NDArray[np.float64]:
+    return values.double().cpu().numpy()
+
+
+def _errors(
+    fit: kernels.RowFit, truth: Any, references: kernels.References, rows: NDArray[np.bool_]
+) -> dict[str, NDArray[np.float64]]:
+    """Errors of rows whose label is the definition's, each as a part of what it is measured against."""
+    mode = truth.mode[rows]
+    norm = np.sqrt(truth.ss[rows])
+    rnorm, rmean = references.rnorm_m[mode], references.mean_m[mode]
+    a, b = numpy_of(fit.a)[rows], numpy_of(fit.b)[rows]
+    mean = truth.b[rows] + truth.a[rows] * rmean
+    size = np.abs(mean) + np.abs(a * rmean) + norm
+    return {
+        "correlation": np.abs(numpy_of(fit.correlation)[rows] - truth.correlation[rows]),
+        "a": np.abs(a - truth.a[rows]) * rnorm / norm,
+        "b": np.abs(b + a * rmean - mean) / size,
+        "ss": np.abs(numpy_of(fit.ss)[rows] - truth.ss[rows]) / truth.ss[rows] / 2,
+    }
+
+
+def _gram_faults(W_tb: Tensor, block: Checked) -> Iterator[str]:
+    candidates, _ = gram_accepting(block.dtype, W_tb.shape[0], W_tb.device)
     x = W_tb.double().cpu().numpy()
     x = x[:, np.isfinite(x).all(axis=0)]
     x = x - x[0]
@@ -203,8 +267,8 @@ def _gram_faults(W_tb: Tensor, dtype: str) -> Iterator[str]:
     for candidate in candidates:
         found = candidate.run(W_tb)
         error = np.abs(found.G - truth)[1:, 1:] / np.outer(size, size)
-        allowed = candidate.tolerance[dtype] + GPU_ALLOWANCE
-        where = f"gram_matrix {candidate.name} T={len(x)} {dtype}"
+        allowed = candidate.tolerance[block.dtype] + GPU_ALLOWANCE
+        where = f"gram_matrix {candidate.name} T={len(x)} {block.dtype} {block.layout}"
         if not (worst := float(error.max(initial=0.0))) <= allowed:
             yield f"{where}: errs by {worst:.1e}, allowed are {allowed:.1e}"
         if (left_out := W_tb.shape[1] - x.shape[1]) != found.left_out:
@@ -275,13 +339,12 @@ def resident(W_tb: Tensor, dtype: str, sizes: Sizes, device: torch.device, clock
     return found
 
 
-def carried(sizes: Sizes, device: torch.device, clock: Clock) -> list[Timed]:
+def carried(sizes: Sizes, engine: Device, device: torch.device, clock: Clock) -> list[Timed]:
     """Plain copies to and from pinned memory, and blocks through the product's own engine from there."""
     T, width = sizes.snapshots, sizes.block_rows
-    engine = make_device(device)
     slots = [engine.host_slot(T, width, "float32") for _ in range(3)]
-    for seed, slot in enumerate(slots):
-        slot[:] = walks(width, T, "float32", torch.device("cpu"), seed).numpy()
+    for slot in slots:
+        slot[:] = walks(width, T, "float32", torch.device("cpu")).numpy()
     pinned = torch.empty(T * width, pin_memory=device.type == "cuda").normal_()
     there = torch.empty(T * width, device=device)
     references = kernels.prepare_references(profiles(10, T))
@@ -364,7 +427,8 @@ def in_turns(timed: Sequence[Timed], runs: int, found: dict[str, Any]) -> list[R
 
 def speeds(device: torch.device, sizes: Sizes, found: dict[str, Any]) -> list[Record]:
     clock = Clock(device)
-    records = in_turns(carried(sizes, device, clock), sizes.runs, found)
+    with make_device(device) as engine:
+        records = in_turns(carried(sizes, engine, device, clock), sizes.runs, found)
     for dtype in ("float32", "bfloat16"):
         W_tb = walks(sizes.rows, sizes.snapshots, dtype, device)
         timed = [*copies(W_tb, clock), *resident(W_tb, dtype, sizes, device, clock)]

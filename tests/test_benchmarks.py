@@ -227,11 +227,11 @@ def test_the_gpu_suite_measures_nothing_that_is_wrong(
 
     def wrong(*arguments: Any, **options: Any) -> kernels.RowFit:
         fit = right(*arguments, **options)
-        fit.mode[7] ^= 1
+        fit.mode[7:8] ^= 1
         return fit
 
     monkeypatch.setattr(kernels, "assign_and_fit", wrong)
-    with pytest.raises(SystemExit, match="M=3 float32: 1 labels are wrong"):
+    with pytest.raises(SystemExit, match="M=3 float32 ragged: 1 labels are wrong"):
         gpu.run(torch.device("cpu"), gpu.TINY, tmp_path / "gpu.json")
     assert not (tmp_path / "gpu.json").exists()
 

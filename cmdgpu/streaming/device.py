@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmdgpu import ops
-from cmdgpu.errors import MemoryLimitError
+from cmdgpu.errors import CmdgpuError, MemoryLimitError
 from cmdgpu.memory import show_bytes
 from cmdgpu.notation import AnyArray
 from cmdgpu.store import format as fmt
@@ -41,6 +42,12 @@ class Device(Protocol):
 
     def submit(self, block: Block, rows: int, dtype: str, compute: Compute) -> Pending: ...
 
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for what is under way and let go of the slots."""
+        ...
+
 
 class _Finished:
     def __init__(self, outputs: Outputs) -> None:
@@ -62,6 +69,12 @@ class CpuDevice:
         W_tb = ops.as_tensor(block.W_tb, dtype)
         return _Finished([compute(W_tb[:, i : i + rows]) for i in range(0, W_tb.shape[1], rows)])
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
 
 class CudaDevice:
     """Pinned host slots, two device slots, a copy stream and a compute stream, ordered by events alone."""
@@ -75,18 +88,19 @@ class CudaDevice:
         self._slots: list[Tensor | None] = [None, None]
         self._computed: list[Any] = [None, None]
         self._turn = 0
-        self._pinned: dict[int, Tensor] = {}
+        self._pinned: dict[int, tuple[Tensor, _PinnedMemory]] = {}
 
     def host_slot(self, n_snapshots: int, width: int, dtype: str) -> AnyArray:
+        stored = fmt.storage(dtype).numpy
         shape = (n_snapshots, width + SLOT_PADDING)
-        pinned = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
-        slot = (pinned.view(torch.uint16) if dtype == "bfloat16" else pinned).numpy()[:, :width]
-        self._pinned[slot.ctypes.data] = pinned
-        return slot
+        memory = _PinnedMemory(n_snapshots * shape[1] * stored.itemsize)
+        whole = np.frombuffer(memory.pages, dtype=stored, count=shape[0] * shape[1]).reshape(shape)
+        self._pinned[whole.ctypes.data] = ops.as_tensor(whole, dtype), memory
+        return whole[:, :width]
 
     def submit(self, block: Block, rows: int, dtype: str, compute: Compute) -> Pending:
         turn, self._turn = self._turn, 1 - self._turn
-        host = self._pinned[block.W_tb.ctypes.data]
+        host, _ = self._pinned[block.W_tb.ctypes.data]
         target = self._slots[turn]
         if target is None:
             self._require_room(host)
@@ -96,8 +110,12 @@ class CudaDevice:
         with torch.cuda.stream(self._copy):
             if (before := self._computed[turn]) is not None:
                 self._copy.wait_event(before)
-            for t in range(n_snapshots):  # whole contiguous rows: a strided pinned copy may turn synchronous
-                target[t, :width].copy_(host[t, :width], non_blocking=True)
+            if width + SLOT_PADDING == host.shape[1]:
+                # The whole slot, its padding with it: one transfer.
+                target.copy_(host, non_blocking=True)
+            else:
+                for t in range(n_snapshots):  # contiguous: a strided copy would turn synchronous
+                    target[t, :width].copy_(host[t, :width], non_blocking=True)
             copied = self._copy.record_event()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(copied)
@@ -110,6 +128,16 @@ class CudaDevice:
             arrived = self._compute.record_event()
         return _OnItsWay(on_host, on_device, arrived)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.synchronize(self._device)  # an error may leave copies from the slots under way
+        self._slots = [None, None]
+        for _, memory in self._pinned.values():
+            memory.unpin()
+        self._pinned.clear()
+
     def _require_room(self, host: Tensor) -> None:
         """A device slot may take a third of what is free: there are two, and the kernel's outputs."""
         needed = host.numel() * host.element_size()
@@ -119,6 +147,32 @@ class CudaDevice:
                 f"a block needs {show_bytes(3 * needed)} on {self._device}, {show_bytes(free)} are free",
                 hint="give a smaller memory limit, free the device, or use --device cpu",
             )
+
+
+class _PinnedMemory:
+    """Pages the device copies from by itself: exactly as many as are asked for.
+
+    torch's own pinned memory comes in powers of two, up to twice of what the plan counts.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self.pages = mmap.mmap(-1, max(n_bytes, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.pages.madvise(mmap.MADV_HUGEPAGE)
+        self._address = np.frombuffer(self.pages, dtype=np.uint8).ctypes.data
+        code = int(_cudart().cudaHostRegister(self._address, len(self.pages), 0))
+        if code != 0:
+            raise CmdgpuError(
+                f"the driver refuses to pin {show_bytes(n_bytes)} of host memory (CUDA error {code})",
+                hint="give a smaller memory limit, or use --device cpu",
+            )
+
+    def unpin(self) -> None:
+        _cudart().cudaHostUnregister(self._address)
+
+
+def _cudart() -> Any:
+    return cast(Any, torch.cuda).cudart()
 
 
 class _OnItsWay:

@@ -122,24 +122,25 @@ def _through_slots(
 ) -> Generator[tuple[int, tuple[Tensor, ...], int]]:
     """(unit, its outputs, bytes read) in order: blocks are read into host slots while others are computed."""
     blocks = _runs(missing, plan.units_per_block)
-    engine = make_device(device)
     width = plan.units_per_block * plan.rows
-    slots = [engine.host_slot(len(columns), width, source.dtype) for _ in range(min(plan.slots, len(blocks)))]
-    with BlockReader(source, columns, blocks, slots) as reader:
+    with make_device(device) as engine:
+        count = min(plan.slots, len(blocks))
+        slots = [engine.host_slot(len(columns), width, source.dtype) for _ in range(count)]
+        with BlockReader(source, columns, blocks, slots) as reader:
 
-        def settle(block: Block, pending: Pending) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
-            outputs = pending.outputs()
-            reader.release(block)
-            for unit, output in zip(range(block.first, block.stop), outputs, strict=True):
-                yield unit, output, block.n_bytes if unit == block.first else 0
+            def settle(block: Block, pending: Pending) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
+                outputs = pending.outputs()
+                reader.release(block)
+                for unit, output in zip(range(block.first, block.stop), outputs, strict=True):
+                    yield unit, output, block.n_bytes if unit == block.first else 0
 
-        under_way: deque[tuple[Block, Pending]] = deque()
-        for block in reader:
-            under_way.append((block, engine.submit(block, plan.rows, source.dtype, work.compute)))
-            if len(under_way) > engine.ahead:
+            under_way: deque[tuple[Block, Pending]] = deque()
+            for block in reader:
+                under_way.append((block, engine.submit(block, plan.rows, source.dtype, work.compute)))
+                if len(under_way) > engine.ahead:
+                    yield from settle(*under_way.popleft())
+            while under_way:
                 yield from settle(*under_way.popleft())
-        while under_way:
-            yield from settle(*under_way.popleft())
 
 
 def _missing(writer: ResultWriter, n_units: int) -> list[int]:

@@ -7,13 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from cmdgpu_kernels import Gram, NoKernelError, Problem, gram_matrix, gram_matrix_reference
+from cmdgpu_kernels import Gram, NoKernelError, gram_matrix_reference
 from cmdgpu_kernels.gram import GRANULE, IMPLEMENTATIONS
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests.kernels.where import SUMMING, gram_matrix
+
 F64 = NDArray[np.float64]
-NAMES = [i.name for i in IMPLEMENTATIONS if not i.refusals(Problem("float32", 9, 0, "cpu"))]
+NAMES = list(SUMMING)
 TOLERANCE = {i.name: i.tolerance for i in IMPLEMENTATIONS}
 
 

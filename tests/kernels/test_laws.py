@@ -11,7 +11,6 @@ from cmdgpu_kernels import (
     Problem,
     ReferenceFit,
     RowFit,
-    assign_and_fit,
     assign_and_fit_reference,
     choose,
     prepare_references,
@@ -20,9 +19,12 @@ from cmdgpu_kernels.assignment.torch_impl import TILE
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests.kernels.where import FITTING, assign_and_fit
+
 F64 = NDArray[np.float64]
-NAMES = [i.name for i in IMPLEMENTATIONS if not i.refusals(Problem("float32", 9, 2, "cpu"))]
-ON_CPU = [name for name in NAMES if name != "triton-interpreted"]
+NAMES = list(FITTING)
+COMPILED = [name for name in NAMES if name != "triton-interpreted"]
+ON_CPU = [name for name in COMPILED if FITTING[name] == "cpu"]
 TOLERANCE = {i.name: i.tolerance for i in IMPLEMENTATIONS}
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -142,7 +144,7 @@ def same(one: RowFit, other: RowFit, rows: int) -> None:
             assert np.array_equal(left[:rows].numpy(), right.numpy(), equal_nan=True), field
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("rows", [1, 3, 7, 31, 256, 1000, 20_000])
 def test_a_row_has_the_same_bits_in_a_block_of_any_size(name: str, rows: int) -> None:
     W, R = walks(40, 20_000, 6)
@@ -158,7 +160,7 @@ def test_an_interpreted_row_has_the_same_bits_in_a_block_of_any_size(rows: int) 
     same(whole, assign_and_fit(W[:, :rows], R, implementation=name, margin=True), rows)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", COMPILED)
 def test_blocks_cut_at_tiles_give_the_bits_of_the_whole(name: str) -> None:
     W, R = walks(20, 2 * TILE + 77, 4)
     whole = assign_and_fit(W, R, implementation=name)
@@ -334,7 +336,7 @@ def test_without_references_every_finite_row_is_its_mean(name: str, snapshots: i
     assert fit.margin is not None and (fit.margin == 0).all()
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", COMPILED)
 def test_three_hundred_modes_keep_their_numbers(name: str) -> None:
     _, R = walks(60, 1, 300)
     fit = assign_and_fit(torch.tensor(R.T, dtype=torch.float32), R, implementation=name)

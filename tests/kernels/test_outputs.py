@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cmdgpu_kernels import IMPLEMENTATIONS, Problem, RowFit, assign_and_fit, assign_and_fit_reference
+from cmdgpu_kernels import IMPLEMENTATIONS, RowFit, assign_and_fit_reference
 from cmdgpu_kernels.assignment.torch_impl import GROUP
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +15,9 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
-NAMES = [i.name for i in IMPLEMENTATIONS if not i.refusals(Problem("float32", 9, 2, "cpu"))]
+from tests.kernels.where import FITTING, assign_and_fit
+
+NAMES = list(FITTING)
 TOLERANCE = {i.name: i.tolerance["float32"] for i in IMPLEMENTATIONS}
 POISON = 77.0
 

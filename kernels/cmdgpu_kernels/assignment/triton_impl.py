@@ -22,7 +22,7 @@ from cmdgpu_kernels.precision import split_tf32
 from cmdgpu_kernels.references import References
 from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, TileLaunch, TimeMajorLaunch, architecture, tiles_of
 
-__all__ = ["TOLERANCE", "refusals", "refusals_interpreted", "run"]
+__all__ = ["TOLERANCE", "launch_rows", "launch_tiles", "refusals", "refusals_interpreted", "run"]
 
 
 def _kernels() -> tuple[Any, Any, str | None]:
@@ -85,7 +85,7 @@ def run(W_tb: Tensor, references: References, *, margin: bool = False, threads: 
     with _on(W_tb.device):
         if not row_major and distinct <= streamed.most:
             for block_tb, here in _parts(W_tb, streamed.block_rows, padded=False):
-                _launch(block_tb, references, streamed, fit, here)
+                launch_rows(block_tb, references, streamed, fit, here)
             return fit
         tiles, sweeps = tiles_of(
             _architecture(W_tb.device),
@@ -95,7 +95,7 @@ def run(W_tb: Tensor, references: References, *, margin: bool = False, threads: 
         )
         cut = _row_major_parts if row_major else _parts
         for block_tb, here in cut(W_tb, tiles.block_rows):
-            _launch_tiles(block_tb, references, tiles, sweeps, fit, here)
+            launch_tiles(block_tb, references, tiles, sweeps, fit, here)
     return fit
 
 
@@ -147,7 +147,9 @@ def _outputs(fit: RowFit, here: slice) -> tuple[Tensor, ...]:
     return fit.mode[here], fit.a[here], fit.b[here], correlation, fit.ss[here], margin
 
 
-def _launch(W_tb: Tensor, references: References, launch: TimeMajorLaunch, fit: RowFit, here: slice) -> None:
+def launch_rows(
+    W_tb: Tensor, references: References, launch: TimeMajorLaunch, fit: RowFit, here: slice
+) -> None:
     """Fit the rows of a time-major W_tb into the outputs ``here``."""
     snapshots, rows = W_tb.shape
     sweeps, count = launch.sweeps(len(references.distinct))
@@ -169,7 +171,7 @@ def _launch(W_tb: Tensor, references: References, launch: TimeMajorLaunch, fit: 
     )
 
 
-def _launch_tiles(
+def launch_tiles(
     W_tb: Tensor, references: References, launch: TileLaunch, sweeps: int, fit: RowFit, here: slice
 ) -> None:
     """Fit the rows of an aligned W_tb, contiguous in either direction, into the outputs ``here``."""

@@ -12,7 +12,7 @@ from cmdgpu_kernels.dispatch import Problem
 from cmdgpu_kernels.gram.sums import GRANULE, Gram
 from cmdgpu_kernels.tuning import GRAM, GramLaunch, architecture
 
-__all__ = ["TOLERANCE", "refusals", "refusals_interpreted", "run"]
+__all__ = ["TOLERANCE", "multiply", "refusals", "refusals_interpreted", "run"]
 
 
 def _kernels() -> tuple[Any, str | None]:
@@ -83,7 +83,7 @@ def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
             # Rows of a product are addressed by 32 bits.
             if step_n != 1 and (step_t != 1 or step_n * launch.block_rows >= 2**31):
                 block_tb = block_tb.contiguous()
-            left_out += _multiply(block_tb, launch, S_gtt)
+            left_out += multiply(block_tb, launch, S_gtt)
             KERNELS.add_granules_kernel[(width * width // 256,)](
                 S_gtt, high_tt, rest_tt, -(-block_tb.shape[1] // GRANULE), WIDTH=width, BLOCK=256
             )
@@ -95,7 +95,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
-def _multiply(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor) -> int:
+def multiply(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor) -> int:
     """Products of the granules of a block into the first of ``S_gtt``; the rows left out of them."""
     snapshots, rows = W_tb.shape
     granules = -(-rows // GRANULE)
