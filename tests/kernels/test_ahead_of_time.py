@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -37,6 +38,13 @@ TILES = [
         (1000, 64, "ragged"),
         (1000, 200, "ragged:margin"),
     )
+]
+MODULES_OF_KERNELS = [
+    "cmdgpu_kernels.device_math",
+    "cmdgpu_kernels.assignment.triton_kernel",
+    "cmdgpu_kernels.assignment.triton_tile_kernel",
+    "cmdgpu_kernels.assignment.triton_epilogue",
+    "cmdgpu_kernels.gram.triton_kernel",
 ]
 GRAMS = [
     f"gram:{dtype}:{snapshots}:0:{layout}"
@@ -131,3 +139,15 @@ def test_the_kernels_compile_for_an_accelerator_of_another_make() -> None:
         assert one["shared"] <= 65_536, one
         assert one["spills"] == 0, one
         assert (one["products"] > 0) == (not one["variant"].startswith("rows")), one
+
+
+def test_constants_of_kernels_equal_themselves() -> None:
+    """Triton compares the globals of a kernel with those it was compiled with, at every launch: no NaN."""
+    triton = pytest.importorskip("triton", reason="triton is not installed: there is nothing to launch")
+    seen = 0
+    for module in MODULES_OF_KERNELS:
+        for name, value in vars(importlib.import_module(module)).items():
+            if isinstance(value, triton.language.constexpr):
+                seen += 1
+                assert value.value == value.value, f"{module}.{name}"
+    assert seen >= 4, "the constants are no longer found"

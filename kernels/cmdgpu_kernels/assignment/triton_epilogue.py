@@ -21,7 +21,6 @@ CONSTANT = tl.constexpr(limits.CONSTANT)
 NOT_FINITE = tl.constexpr(limits.NOT_FINITE)
 SMALLEST_SS = tl.constexpr(limits.SMALLEST_SS)
 LARGEST_SS = tl.constexpr(limits.LARGEST_SS)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -67,9 +66,11 @@ def store_fit(
     stored = live if not EVEN else None
     tl.store(mode_n + out, tl.where(finite, mode, NOT_FINITE).to(tl.int16), mask=stored)
     tl.store(a_n + out, a, mask=stored)
-    tl.store(b_n + out, tl.where(finite, b, NAN), mask=stored)
+    # Not a global: one that is not equal to itself counts as changed since the kernel was compiled.
+    nan = float("nan")
+    tl.store(b_n + out, tl.where(finite, b, nan), mask=stored)
     tl.store(correlation_n + out, tl.where(moving, correlation, 0.0), mask=stored)
-    tl.store(ss_n + out, tl.where(finite, tl.where(still, 0.0, ss), NAN), mask=stored)
+    tl.store(ss_n + out, tl.where(finite, tl.where(still, 0.0, ss), nan), mask=stored)
     if MARGIN:
         margin = tl.where(moving, tl.div_rn(best - second, norm), 0.0)
         tl.store(margin_n + out, margin, mask=stored)
