@@ -25,13 +25,17 @@ __all__ = [
 
 
 @triton.jit
-def load_rows(pointers, live, EVEN: tl.constexpr):
-    """One snapshot of the program's rows, as float32. Rows beyond the last one read 0."""
+def load_rows(corner, lane, live, EVEN: tl.constexpr):
+    """One snapshot of the program's rows, as float32. Rows beyond the last one read 0.
+
+    ``corner`` is one pointer that the caller moves. A tensor of pointers that is carried through a loop was
+    seen to change its layout in every turn, through shared memory and two barriers.
+    """
     # Without a mask the loads are 16 bytes wide whatever N is.
     if EVEN:
-        return tl.load(pointers).to(tl.float32)
+        return tl.load(corner + lane).to(tl.float32)
     else:
-        return tl.load(pointers, mask=live, other=0.0).to(tl.float32)
+        return tl.load(corner + lane, mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -44,25 +48,27 @@ def zeros(COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def spread_pivot(rows, live, ld, T: tl.constexpr, EVEN: tl.constexpr):
+def spread_pivot(corner, lane, live, ld, T: tl.constexpr, EVEN: tl.constexpr):
     """p = w_0 + mean over k < 8 of (w[floor(k T / 8)] - w_0), or w_0 when T < 8.
 
     Exact for a row that never moves, which the mean of 8 equal floats is not.
     """
-    first = load_rows(rows, live, EVEN)
+    first = load_rows(corner, lane, live, EVEN)
     if T < 8:
         return first
     else:
         total = tl.zeros_like(first)
         for k in tl.static_range(1, 8):
-            total += load_rows(rows + (k * T // 8) * ld, live, EVEN) - first
+            total += load_rows(corner + (k * T // 8) * ld, lane, live, EVEN) - first
         return tl.fma(total, 0.125, first)
 
 
 @triton.jit
 def sum_partial(
-    rows,  # pointers to the first snapshot of the partial
+    corner,  # pointer to the program's first row in the partial's first snapshot
     z,  # pointer to its first row of references
+    d,  # sums of x z_m of the partials before
+    lane,
     live,
     pivot,
     ld,
@@ -76,9 +82,8 @@ def sum_partial(
     """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the pointers after them."""
     s1 = tl.zeros([BLOCK_N], tl.float32)
     s2 = tl.zeros([BLOCK_N], tl.float32)
-    d = zeros(COUNT, BLOCK_N)
     for _ in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        x = load_rows(rows, live, EVEN) - pivot
+        x = load_rows(corner, lane, live, EVEN) - pivot
         s1 += x
         s2 = tl.fma(x, x, s2)
         longer = ()
@@ -86,9 +91,9 @@ def sum_partial(
             # A uniform scalar load: no shared memory, no barrier.
             longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
         d = longer
-        rows += ld
+        corner += ld
         z += STRIDE
-    return s1, s2, d, rows, z
+    return s1, s2, d, corner, z
 
 
 @triton.jit

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONSTANT", "LARGEST_SS", "MAX_MODES", "NOT_FINITE", "PARTIAL", "SMALLEST_SS", "too_large"]
+__all__ = [
+    "CONSTANT",
+    "LARGEST_SS",
+    "MAX_MODES",
+    "NOT_FINITE",
+    "PARTIAL",
+    "SEGMENT",
+    "SMALLEST_SS",
+    "too_large",
+]
 
 CONSTANT = -1
 """Mode of a row that never moves."""
@@ -26,6 +35,12 @@ PARTIAL = 64
 
 At T = 10 000, rows that start far from where they settle: one long float32 sum behind one pivot errs by
 3e-3 in the correlation, partials behind one pivot by 1e-4, partials behind a pivot that follows by 1e-6.
+"""
+
+SEGMENT = 4 * PARTIAL
+"""Snapshots of one sum on a GPU, where a total beside every partial would cost the registers of a program.
+
+Up to here the pivot, which moves all the same, keeps the digits.
 """
 
 

@@ -27,7 +27,7 @@ from cmdgpu_kernels.assignment.triton_kernel import assign_and_fit_kernel
 from cmdgpu_kernels.assignment.triton_tile_kernel import assign_and_fit_tile_kernel
 from cmdgpu_kernels.gram.sums import GRANULE
 from cmdgpu_kernels.gram.triton_kernel import add_granules_kernel, gram_kernel
-from cmdgpu_kernels.limits import PARTIAL
+from cmdgpu_kernels.limits import PARTIAL, SEGMENT
 from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, GRAM, tiles_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -70,6 +70,7 @@ def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
         },
         {
             "T": snapshots,
+            "SEGMENT": SEGMENT,
             "PARTIAL": PARTIAL,
             "SWEEPS": sweeps,
             "COUNT": count,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmdgpu_kernels.assignment.row_fit import RowFit
 from cmdgpu_kernels.dispatch import Problem
-from cmdgpu_kernels.limits import PARTIAL
+from cmdgpu_kernels.limits import PARTIAL, SEGMENT
 from cmdgpu_kernels.precision import split_tf32
 from cmdgpu_kernels.references import References
 from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, TileLaunch, TimeMajorLaunch, architecture, tiles_of
@@ -160,6 +160,7 @@ def launch_rows(
         rows,
         W_tb.stride(0),
         T=snapshots,
+        SEGMENT=SEGMENT,
         PARTIAL=PARTIAL,
         SWEEPS=sweeps,
         COUNT=count,

@@ -22,6 +22,7 @@ __all__ = ["INTERPRETED", "assign_and_fit_kernel"]
 @triton.jit
 def _add_partial(
     state,
+    lane,
     live,
     ld,
     STEPS: tl.constexpr,
@@ -31,31 +32,29 @@ def _add_partial(
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Add STEPS snapshots to the totals, then move the pivot to their mean."""
-    rows, z, tail, seen, pivot, step, mean, ss, d = state
-    s1, s2, partial, rows, z = sum_partial(
-        rows, z, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN
-    )
-    total = ()
+    """Add STEPS snapshots to the sums, then move the pivot to their mean."""
+    corner, z, tail, seen, pivot, step, mean, ss, d = state
+    moved_d = ()
     for i in tl.static_range(COUNT):
         # What the last step of the pivot takes out of this and all later partials.
-        total = total + (tl.fma(step, tl.load(tail + i), d[i] + partial[i]),)
+        moved_d = moved_d + (tl.fma(step, tl.load(tail + i), d[i]),)
+    s1, s2, d, corner, z = sum_partial(
+        corner, z, moved_d, lane, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN
+    )
     mean, ss, mean_x = merge_moments(s1, s2, seen, mean, ss, STEPS)
     moved = pivot + mean_x
     # The step that is taken, which rounding makes another than the one that is meant.
     step = moved - pivot
-    return rows, z, tail + STRIDE, seen + STEPS, moved, step, mean - step, ss, total
+    return corner, z, tail + STRIDE, seen + STEPS, moved, step, mean - step, ss, d
 
 
 @triton.jit
-def _sum_all(
-    rows,
-    z,
-    tail,
+def _add_segment(
+    state,
+    lane,
     live,
-    pivot,
     ld,
-    T: tl.constexpr,
+    STEPS: tl.constexpr,
     PARTIAL: tl.constexpr,
     COUNT: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -63,14 +62,53 @@ def _sum_all(
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Mean, centred sum of squares and d over all T snapshots, in partials."""
+    """Add STEPS snapshots to the sums, in partials."""
+    for _ in tl.range(0, STEPS // PARTIAL):
+        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+    if STEPS % PARTIAL != 0:
+        state = _add_partial(state, lane, live, ld, STEPS % PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+    return state
+
+
+@triton.jit
+def _sum_all(
+    corner,
+    z,
+    tail,
+    lane,
+    live,
+    pivot,
+    ld,
+    T: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Mean, centred sum of squares and d over all T snapshots.
+
+    One sum of each product, up to SEGMENT snapshots: a total beside it would double the registers and halve
+    the programs of a core. Beyond, where one sum would lose digits, segments are added up.
+    """
     none = tl.zeros([BLOCK_N], tl.float32)
-    state = (rows, z, tail, 0.0, pivot, none, none, none, zeros(COUNT, BLOCK_N))
-    for _ in tl.range(0, T // PARTIAL):
-        state = _add_partial(state, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
-    if T % PARTIAL != 0:
-        state = _add_partial(state, live, ld, T % PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
-    return state[4] + state[6], state[7], state[8]
+    d = zeros(COUNT, BLOCK_N)
+    state = (corner, z, tail, 0.0, pivot, none, none, none, d)
+    for _ in tl.range(0, T // SEGMENT if T > SEGMENT else 0):
+        state = _add_segment(state, lane, live, ld, SEGMENT, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+        total = ()
+        for i in tl.static_range(COUNT):
+            total = total + (d[i] + state[8][i],)
+        d = total
+        state = state[:8] + (zeros(COUNT, BLOCK_N),)
+    REST: tl.constexpr = T if T <= SEGMENT else T % SEGMENT
+    state = _add_segment(state, lane, live, ld, REST, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+    total = ()
+    for i in tl.static_range(COUNT):
+        total = total + (d[i] + state[8][i],)
+    return state[4] + state[6], state[7], total
 
 
 @triton.jit
@@ -90,6 +128,7 @@ def assign_and_fit_kernel(
     N: tl.int64,
     ld: tl.int64,  # elements between snapshots; t * ld passes 2**31 from ld of 2e7 at T = 100
     T: tl.constexpr,
+    SEGMENT: tl.constexpr,
     PARTIAL: tl.constexpr,
     SWEEPS: tl.constexpr,  # passes over the snapshots
     COUNT: tl.constexpr,  # references of one of them
@@ -101,8 +140,8 @@ def assign_and_fit_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     lane = tl.arange(0, BLOCK_N)
     live = lane < N - start
-    rows = W_tb + start + lane
-    pivot = spread_pivot(rows, live, ld, T, EVEN)
+    corner = W_tb + start
+    pivot = spread_pivot(corner, lane, live, ld, T, EVEN)
 
     mean = tl.zeros([BLOCK_N], tl.float32)
     ss = tl.zeros([BLOCK_N], tl.float32)
@@ -114,13 +153,15 @@ def assign_and_fit_kernel(
     for sweep in tl.range(0, SWEEPS):
         first = sweep * COUNT
         mean, ss, d = _sum_all(
-            rows,
+            corner,
             Z_tm + first,
             tail_cm + first,
+            lane,
             live,
             pivot,
             ld,
             T,
+            SEGMENT,
             PARTIAL,
             COUNT,
             COUNT * SWEEPS,
