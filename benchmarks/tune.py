@@ -107,8 +107,8 @@ def _rows() -> Iterator[Candidate]:
     for dtype, most in (("float32", (1, 2, 5, 8, 10, 16)), ("bfloat16", (1, 2, 5, 8, 10))):
         shipped = ASSIGN_AND_FIT[dtype]
         shapes = ((256, 2), (512, 4), (1024, 8), (256, 4), (512, 8))
-        for modes, (rows, warps), unroll in product(most, shapes, (2, 4, 8, 16)):
-            launch = TimeMajorLaunch(rows, warps, unroll, shipped.sweep, shipped.most)
+        for modes, (rows, warps), ring in product(most, shapes, (2, 4, 6, 8)):
+            launch = TimeMajorLaunch(rows, warps, ring, shipped.sweep, shipped.most)
             yield Candidate("rows", dtype, "time-major", modes, launch)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "fill_ring",
     "load_rows",
     "merge_moments",
     "round_split_tf32",
@@ -64,9 +65,51 @@ def spread_pivot(corner, lane, live, ld, T: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def fill_ring(corner, lane, live, ld, T: tl.constexpr, RING: tl.constexpr, EVEN: tl.constexpr):
+    """The first RING snapshots as a tuple, a pointer to the next one, and how often that may still move."""
+    w = ()
+    for k in tl.static_range(RING):
+        w = w + (load_rows(corner + min(k, T - 1) * ld, lane, live, EVEN),)
+    return w, corner + min(RING, T - 1) * ld, tl.full([], max(T - 1 - RING, 0), tl.int32)
+
+
+@triton.jit
+def _turn_ring(
+    ring,
+    sums,
+    lane,
+    live,
+    pivot,
+    ld,
+    STEPS: tl.constexpr,  # at most as many as the ring holds
+    COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Add the ring's first STEPS snapshots to the sums; each makes room for the next one to come."""
+    w, coming, left, z = ring
+    s1, s2, d = sums
+    loaded = ()
+    for k in tl.static_range(STEPS):
+        x = w[k] - pivot
+        # At the end the last snapshot is read again: from a cache, and for nobody.
+        loaded = loaded + (load_rows(coming, lane, live, EVEN),)
+        coming += tl.minimum(left, 1) * ld
+        left = tl.maximum(left - 1, 0)
+        s1 += x
+        s2 = tl.fma(x, x, s2)
+        longer = ()
+        for i in tl.static_range(COUNT):
+            # A uniform scalar load: no shared memory, no barrier.
+            longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
+        d = longer
+        z += STRIDE
+    return (w[STEPS:] + loaded, coming, left, z), (s1, s2, d)
+
+
+@triton.jit
 def sum_partial(
-    corner,  # pointer to the program's first row in the partial's first snapshot
-    z,  # pointer to its first row of references
+    ring,  # see fill_ring, and a pointer to the partial's first row of references
     d,  # sums of x z_m of the partials before
     lane,
     live,
@@ -76,24 +119,17 @@ def sum_partial(
     COUNT: tl.constexpr,  # references of this sweep
     STRIDE: tl.constexpr,  # references of all sweeps: a row of Z_tm
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the pointers after them."""
-    s1 = tl.zeros([BLOCK_N], tl.float32)
-    s2 = tl.zeros([BLOCK_N], tl.float32)
-    for _ in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        x = load_rows(corner, lane, live, EVEN) - pivot
-        s1 += x
-        s2 = tl.fma(x, x, s2)
-        longer = ()
-        for i in tl.static_range(COUNT):
-            # A uniform scalar load: no shared memory, no barrier.
-            longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
-        d = longer
-        corner += ld
-        z += STRIDE
-    return s1, s2, d, corner, z
+    """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the ring after them."""
+    none = tl.zeros([BLOCK_N], tl.float32)
+    sums = (none, none, d)
+    for _ in tl.range(0, STEPS // RING):
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, COUNT, STRIDE, EVEN)
+    if STEPS % RING != 0:
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, STEPS % RING, COUNT, STRIDE, EVEN)
+    return ring, sums
 
 
 @triton.jit

@@ -45,8 +45,8 @@ class TimeMajorLaunch:
     block_rows: int
     """Rows of a program: 16 bytes of one snapshot per thread and load."""
     warps: int
-    unroll: int
-    """Snapshots per turn of the loop: independent loads in flight hide the latency of memory."""
+    ring: int
+    """Snapshots in flight while one is added up: the latency of memory is long."""
     sweep: int
     """Most references of one sweep over the snapshots; more are taken in further sweeps.
 
@@ -65,11 +65,11 @@ ASSIGN_AND_FIT: Mapping[str, TimeMajorLaunch] = MappingProxyType(
     {
         # 4 rows a thread: 16 references fit the register file without a spill. Issue 89 ms at 16, about what
         # reading takes; at 17 there are two sweeps and 170 ms, against 113 ms for tiles.
-        "float32": TimeMajorLaunch(block_rows=512, warps=4, unroll=4, sweep=16, most=16),
+        "float32": TimeMajorLaunch(block_rows=512, warps=4, ring=4, sweep=16, most=16),
         # 8 rows a thread for the same 16-byte loads: 6 references would spill at T = 1000. Issue 73 ms at 10
         # in two sweeps, 109 ms and three readings at 11, against 116 ms and one for tiles.
-        "float16": TimeMajorLaunch(block_rows=1024, warps=4, unroll=4, sweep=5, most=10),
-        "bfloat16": TimeMajorLaunch(block_rows=1024, warps=4, unroll=4, sweep=5, most=10),
+        "float16": TimeMajorLaunch(block_rows=1024, warps=4, ring=4, sweep=5, most=10),
+        "bfloat16": TimeMajorLaunch(block_rows=1024, warps=4, ring=4, sweep=5, most=10),
     }
 )
 

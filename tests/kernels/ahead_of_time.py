@@ -75,7 +75,7 @@ def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
             "SWEEPS": sweeps,
             "COUNT": count,
             "BLOCK_N": launch.block_rows,
-            "UNROLL": launch.unroll,
+            "RING": launch.ring,
             "EVEN": "even" in flags,
             "MARGIN": "margin" in flags,
         },

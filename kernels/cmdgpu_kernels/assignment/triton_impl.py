@@ -165,7 +165,7 @@ def launch_rows(
         SWEEPS=sweeps,
         COUNT=count,
         BLOCK_N=launch.block_rows,
-        UNROLL=launch.unroll,
+        RING=launch.ring,
         EVEN=rows % launch.block_rows == 0,
         MARGIN=fit.margin is not None,
         num_warps=launch.warps,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from cmdgpu_kernels.assignment.triton_epilogue import store_fit
-from cmdgpu_kernels.device_math import merge_moments, spread_pivot, sum_partial, zeros
+from cmdgpu_kernels.device_math import fill_ring, merge_moments, spread_pivot, sum_partial, zeros
 
 __all__ = ["INTERPRETED", "assign_and_fit_kernel"]
 
@@ -29,23 +29,22 @@ def _add_partial(
     COUNT: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Add STEPS snapshots to the sums, then move the pivot to their mean."""
-    corner, z, tail, seen, pivot, step, mean, ss, d = state
+    ring, tail, seen, pivot, step, mean, ss, d = state
     moved_d = ()
     for i in tl.static_range(COUNT):
         # What the last step of the pivot takes out of this and all later partials.
         moved_d = moved_d + (tl.fma(step, tl.load(tail + i), d[i]),)
-    s1, s2, d, corner, z = sum_partial(
-        corner, z, moved_d, lane, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN
-    )
+    ring, sums = sum_partial(ring, moved_d, lane, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, RING, EVEN)
+    s1, s2, d = sums
     mean, ss, mean_x = merge_moments(s1, s2, seen, mean, ss, STEPS)
     moved = pivot + mean_x
     # The step that is taken, which rounding makes another than the one that is meant.
     step = moved - pivot
-    return corner, z, tail + STRIDE, seen + STEPS, moved, step, mean - step, ss, d
+    return ring, tail + STRIDE, seen + STEPS, moved, step, mean - step, ss, d
 
 
 @triton.jit
@@ -59,14 +58,14 @@ def _add_segment(
     COUNT: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Add STEPS snapshots to the sums, in partials."""
     for _ in tl.range(0, STEPS // PARTIAL):
-        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
     if STEPS % PARTIAL != 0:
-        state = _add_partial(state, lane, live, ld, STEPS % PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+        state = _add_partial(state, lane, live, ld, STEPS % PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
     return state
 
 
@@ -85,7 +84,7 @@ def _sum_all(
     COUNT: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Mean, centred sum of squares and d over all T snapshots.
@@ -95,20 +94,21 @@ def _sum_all(
     """
     none = tl.zeros([BLOCK_N], tl.float32)
     d = zeros(COUNT, BLOCK_N)
-    state = (corner, z, tail, 0.0, pivot, none, none, none, d)
+    w, coming, left = fill_ring(corner, lane, live, ld, T, RING, EVEN)
+    state = ((w, coming, left, z), tail, 0.0, pivot, none, none, none, d)
     for _ in tl.range(0, T // SEGMENT if T > SEGMENT else 0):
-        state = _add_segment(state, lane, live, ld, SEGMENT, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+        state = _add_segment(state, lane, live, ld, SEGMENT, PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
         total = ()
         for i in tl.static_range(COUNT):
-            total = total + (d[i] + state[8][i],)
+            total = total + (d[i] + state[7][i],)
         d = total
-        state = state[:8] + (zeros(COUNT, BLOCK_N),)
+        state = state[:7] + (zeros(COUNT, BLOCK_N),)
     REST: tl.constexpr = T if T <= SEGMENT else T % SEGMENT
-    state = _add_segment(state, lane, live, ld, REST, PARTIAL, COUNT, STRIDE, BLOCK_N, UNROLL, EVEN)
+    state = _add_segment(state, lane, live, ld, REST, PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
     total = ()
     for i in tl.static_range(COUNT):
-        total = total + (d[i] + state[8][i],)
-    return state[4] + state[6], state[7], total
+        total = total + (d[i] + state[7][i],)
+    return state[3] + state[5], state[6], total
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def assign_and_fit_kernel(
     SWEEPS: tl.constexpr,  # passes over the snapshots
     COUNT: tl.constexpr,  # references of one of them
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,  # N is a multiple of BLOCK_N
     MARGIN: tl.constexpr,
 ):
@@ -166,7 +166,7 @@ def assign_and_fit_kernel(
             COUNT,
             COUNT * SWEEPS,
             BLOCK_N,
-            UNROLL,
+            RING,
             EVEN,
         )
         for i in tl.static_range(COUNT):
