@@ -81,9 +81,11 @@ class Repair:
             small.write_sketch_rows(_directory_of_ours(path / fmt.SKETCH_ROW), self._sketch_rows)
         for t in self._sketches:
             values = _sketch_from_weights(commit, self._sketch_rows, t)
-            write_chunk(path / fmt.SKETCH, commit.sketch_path(t).name, values)
+            write_chunk(path / fmt.SKETCH, commit.sketch_path(t).name, values, commit.zstd_level)
         if fmt.SKETCH in self.rewritten:
-            document = small.sketch_document(len(self._sketch_rows), len(commit.steps), commit.storage)
+            document = small.sketch_document(
+                len(self._sketch_rows), len(commit.steps), commit.storage, commit.zstd_level
+            )
             small.write_document(path / fmt.SKETCH, document)
 
 
@@ -214,8 +216,9 @@ def _is_whole_without_sketch(commit: Commit, sketch_rows: I64, t: int) -> bool:
     """Whether the weights are the committed ones: with the sketch they give, the digest comes out right."""
     n_bytes = commit.rows * commit.storage.numpy.itemsize
     try:
-        crcs = [stored_crc(commit.chunk_path(i, t), n_bytes) for i in range(commit.n_chunks)]
-        crcs.append(crc32c(_sketch_from_weights(commit, sketch_rows, t)))
+        paths = [commit.chunk_path(i, t) for i in range(commit.n_chunks)]
+        crcs = [stored_crc(path, n_bytes, compressed=commit.is_compressed) for path in paths]
+        crcs.append(crc32c(_sketch_from_weights(commit, sketch_rows, t), commit.zstd_level))
     except ChunkDamage:
         return False
     return fmt.sha256(*crcs) == commit.digests[t]
@@ -226,7 +229,7 @@ def _sketch_from_weights(commit: Commit, sketch_rows: I64, t: int) -> AnyArray:
     out = np.empty(len(sketch_rows), dtype=commit.storage.numpy)
     chunk = np.empty(commit.rows, dtype=commit.storage.numpy)
     for i in range(commit.n_chunks):
-        read_chunk(commit.chunk_path(i, t), chunk)
+        read_chunk(commit.chunk_path(i, t), chunk, compressed=commit.is_compressed)
         here = sketch_rows // commit.rows == i
         out[here] = chunk[sketch_rows[here] - i * commit.rows]
     return out

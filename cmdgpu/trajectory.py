@@ -78,11 +78,13 @@ class Trajectory:
         out: str | os.PathLike[str] | None = None,
         dtype: str | None = None,
         rows_per_chunk: int | None = None,
+        zstd: bool = False,
     ) -> Trajectory:
         """A trajectory of an array (N, T): NumPy, memmap, torch, zarr, dask, ...
 
         Without ``out`` the array is used where it lies. With ``out`` it is written as a store, in ``dtype``
-        (the array's own by default), and that is opened. float64 is rounded to float32 with a warning.
+        (the array's own by default), compressed with ``zstd``, and that is opened. float64 is rounded to
+        float32 with a warning.
         Raises UsageError for another shape or type, for steps that do not increase or do not match T.
         """
         source = ArraySource(W_nt)
@@ -92,10 +94,12 @@ class Trajectory:
                 raise UsageError(
                     f"an array of {source.dtype} is not {dtype}", hint="convert it, or give out="
                 )
+            if zstd:
+                raise UsageError("an array in memory is not compressed", hint="leave zstd out, or give out=")
             return Trajectory(source, step_t, np.arange(source.n_snapshots))
         stored = fmt.storage(dtype or source.dtype)
-        fmt.check_rows_per_chunk(rows_per_chunk)
-        _write_array(source, step_t, Path(out), stored, rows_per_chunk)
+        fmt.check_rows_per_chunk(rows_per_chunk, compressed=zstd)
+        _write_array(source, step_t, Path(out), stored, rows_per_chunk, compressed=zstd)
         return Trajectory.open(out)
 
     # ---- what it is ---------------------------------------------------------------------------------
@@ -318,7 +322,13 @@ def _checked_steps(steps: Sequence[int] | I64 | None, n_snapshots: int) -> I64:
 
 
 def _write_array(
-    source: ArraySource, steps: I64, out: Path, stored: fmt.Storage, rows_per_chunk: int | None
+    source: ArraySource,
+    steps: I64,
+    out: Path,
+    stored: fmt.Storage,
+    rows_per_chunk: int | None,
+    *,
+    compressed: bool,
 ) -> None:
     from cmdgpu.sampling import candidate_rows
 
@@ -335,6 +345,7 @@ def _write_array(
         rows=rows,
         unit="step",
         sketch_rows=candidate_rows(parameter_map),
+        compressed=compressed,
     )
     try:
         column = np.full(fmt.round_up(n_rows, rows), stored.fill, dtype=stored.numpy)

@@ -65,6 +65,7 @@ def write_store(
     layout: ParameterMap | None = None,
     steps: Sequence[int] | None = None,
     sketch: bool = True,
+    compressed: bool = False,
 ) -> Trajectory:
     """A store of these values, column by column; any layout of as many rows."""
     n_rows, n_snapshots = W_nt.shape
@@ -76,6 +77,7 @@ def write_store(
         rows=rows,
         unit="step",
         sketch_rows=candidate_rows(layout) if sketch else None,
+        compressed=compressed,
     )
     storage = fmt.storage(dtype)
     column = np.full(fmt.round_up(n_rows, rows), storage.fill, dtype=storage.numpy)

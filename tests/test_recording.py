@@ -328,6 +328,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "rows off the quantum": ({"rows_per_chunk": 100}, "256"),
     "no rows": ({"rows_per_chunk": 0}, "256"),
     "chunks beyond a gigabyte": ({"rows_per_chunk": (1 << 28) + 256}, "2\\^28"),
+    "compressed chunks beyond 16 MiB": (
+        {"rows_per_chunk": (1 << 22) + 256, "zstd": True},
+        "2\\^22 with zstd",
+    ),
 }
 
 
@@ -454,6 +458,37 @@ def test_another_element_type_is_refused_naming_both(path: Path) -> None:
     with pytest.raises(StoreExists, match=r"holds float32, this recorder writes bfloat16"):
         Recorder(path, dtype="bfloat16")
     record_steps(path, [1])
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_a_store_keeps_the_codecs_it_was_made_with(path: Path, zstd: bool) -> None:
+    with Recorder(path, zstd=zstd) as recorder:
+        recorder.record(net_at(0), 0)
+    made, mine = ("with", "without") if zstd else ("without", "with")
+    with pytest.raises(StoreExists, match=f"made {made} zstd, this recorder writes {mine}; use zstd={zstd}"):
+        Recorder(path, zstd=not zstd)
+    with Recorder(path, zstd=zstd) as recorder:
+        recorder.record(net_at(1), 1)
+    with Recorder(path, zstd=zstd, rewind_to=0) as recorder:
+        recorder.record(net_at(2), 2)
+    check_recorded(path, [0, 2])
+    assert Trajectory.open(path).verify() == []
+    for array in ("weights", "sketch"):
+        codecs = json.loads((path / array / "zarr.json").read_bytes())["codecs"]
+        assert [codec["name"] for codec in codecs] == ["bytes", *["zstd"] * zstd, "crc32c"]
+
+
+def test_what_hardly_changes_takes_little_room(path: Path, tmp_path: Path) -> None:
+    """A frozen layer of zeros; noise hardly shrinks at all."""
+    frozen = nn.Linear(200, 200)
+    nn.init.zeros_(frozen.weight)
+    model = nn.Sequential(nn.Linear(200, 200), frozen)
+    for target, zstd in ((path, False), (tmp_path / "small.zarr", True)):
+        with Recorder(target, zstd=zstd) as recorder:
+            recorder.record(model, 0)
+    small, plain = (Trajectory.open(p).stored_bytes for p in (tmp_path / "small.zarr", path))
+    assert 0.3 * plain < small < 0.6 * plain
+    assert small == sum(f.stat().st_size for f in (tmp_path / "small.zarr").glob("[ws]*/c.*.0"))
 
 
 def test_a_damaged_store_is_refused_before_training_starts(path: Path) -> None:

@@ -33,9 +33,9 @@ from tests.verbs import (
 STEPS = (0, 10, 25, 30, 42)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_store(tmp_path_factory.mktemp("base") / "run.zarr", STEPS)
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "zstd"])
+def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return build_store(tmp_path_factory.mktemp("base") / "run.zarr", STEPS, compressed=request.param)
 
 
 @pytest.fixture
@@ -69,7 +69,9 @@ def test_damaged_snapshots_at_the_end_are_dropped_and_the_rest_is_the_store_that
     for step in (27, 60):
         append(journal, step, loss=step / 4)
     journal.close()
-    assert tree_bytes(store) == tree_bytes(build_store(tmp_path / "straight.zarr", (*STEPS[:3], 27, 60)))
+    straight = tmp_path / "straight.zarr"
+    build_store(straight, (*STEPS[:3], 27, 60), compressed=journal.view.is_compressed)
+    assert tree_bytes(store) == tree_bytes(straight)
 
 
 def test_a_damaged_snapshot_before_a_whole_one_is_told_and_left(store: Path) -> None:

@@ -19,6 +19,7 @@ from cmdgpu.errors import CmdgpuWarning, StepNotFound, StoreExists, UsageError
 from cmdgpu.indexing import positions
 from cmdgpu.notation import F32, AnyArray
 from cmdgpu.trajectory import Trajectory
+from tests.harness import run_cli
 from tests.strategies import indices
 from tests.verbs import STEPS, N, build_store, stored_at, values_at, zarr_values
 
@@ -32,6 +33,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Trajectory]:
     return [
         Trajectory.open(build_store(folder / "bare.zarr", sketch=False)),
         Trajectory.open(build_store(folder / "sketched.zarr")),
+        Trajectory.open(build_store(folder / "zstd.zarr", sketch=False, compressed=True)),
         Trajectory.from_array(W_NT, STEPS),
     ]
 
@@ -276,9 +278,14 @@ def test_without_steps_the_columns_are_counted() -> None:
     assert Trajectory.from_array(W_NT).steps.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("zstd", [False, True])
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
-def test_an_array_may_be_written_as_a_store(tmp_path: Path, dtype: str | None) -> None:
-    traj = Trajectory.from_array(W_NT, STEPS, out=tmp_path / "run.zarr", dtype=dtype, rows_per_chunk=256)
+def test_an_array_may_be_written_as_a_store(tmp_path: Path, dtype: str | None, zstd: bool) -> None:
+    traj = Trajectory.from_array(
+        W_NT, STEPS, out=tmp_path / "run.zarr", dtype=dtype, rows_per_chunk=256, zstd=zstd
+    )
+    said = run_cli("inspect", tmp_path / "run.zarr", "--json").json
+    assert said["codecs"] == ["bytes", *["zstd"] * zstd, "crc32c"]
     assert traj.path == tmp_path / "run.zarr"
     assert traj.dtype == (dtype or "float32")
     assert traj.steps.tolist() == list(STEPS)
@@ -295,8 +302,12 @@ def test_an_array_is_not_written_over_anything(tmp_path: Path) -> None:
         Trajectory.from_array(W_NT, out=tmp_path / "run.zarr")
     with pytest.raises(UsageError, match="float16"):
         Trajectory.from_array(W_NT, dtype="float16")
+    with pytest.raises(UsageError, match="leave zstd out"):
+        Trajectory.from_array(W_NT, zstd=True)
     with pytest.raises(UsageError, match="rows_per_chunk"):
         Trajectory.from_array(W_NT, out=tmp_path / "other.zarr", rows_per_chunk=100)
+    with pytest.raises(UsageError, match="2\\^22 with zstd"):
+        Trajectory.from_array(W_NT, out=tmp_path / "other.zarr", rows_per_chunk=1 << 23, zstd=True)
     assert not (tmp_path / "other.zarr").exists()
 
 
@@ -323,11 +334,12 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
 
 
 def test_a_store_says_what_it_holds(stores: list[Trajectory]) -> None:
-    bare, sketched, array = stores
+    bare, sketched, compressed, array = stores
     assert bare.shape == array.shape == (N, len(STEPS))
     assert bare.stored_bytes == 3 * 3 * (4 * 256 + 4)
     assert sketched.stored_bytes == bare.stored_bytes + 3 * (4 * (N - 30) + 4)
     assert array.stored_bytes == 4 * N * 3
+    assert compressed.shape == bare.shape and compressed.stored_bytes < bare.stored_bytes
     assert bare.scalars["loss"].tolist() == [step / 4 for step in STEPS]
     assert array.scalars == {}
     assert array.verify() == []

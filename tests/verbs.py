@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cmdgpu.notation import F32, F64, AnyArray
 from cmdgpu.sampling import candidate_rows
 from cmdgpu.store import format as fmt
+from cmdgpu.store.chunks import crc32c
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.store.verification import verify_store
@@ -63,10 +64,17 @@ def stored_at(step: int, dtype: str = "float32", n: int = N) -> AnyArray:
 
 
 def create_store(
-    path: Path, *, dtype: str = "float32", sketch: bool = True, layout: ParameterMap = LAYOUT
+    path: Path,
+    *,
+    dtype: str = "float32",
+    sketch: bool = True,
+    layout: ParameterMap = LAYOUT,
+    compressed: bool = False,
 ) -> Journal:
     rows = candidate_rows(layout) if sketch else None
-    return Journal.create(path, layout, dtype=dtype, rows=ROWS, unit="step", sketch_rows=rows)
+    return Journal.create(
+        path, layout, dtype=dtype, rows=ROWS, unit="step", sketch_rows=rows, compressed=compressed
+    )
 
 
 def append(journal: Journal, step: int, **scalars: float) -> None:
@@ -77,10 +85,15 @@ def append(journal: Journal, step: int, **scalars: float) -> None:
 
 
 def build_store(
-    path: Path, steps: Sequence[int] = STEPS, *, dtype: str = "float32", sketch: bool = True
+    path: Path,
+    steps: Sequence[int] = STEPS,
+    *,
+    dtype: str = "float32",
+    sketch: bool = True,
+    compressed: bool = False,
 ) -> Path:
     """A store that holds ``values_at(step)`` for every step, with loss = step / 4."""
-    journal = create_store(path, dtype=dtype, sketch=sketch)
+    journal = create_store(path, dtype=dtype, sketch=sketch, compressed=compressed)
     try:
         for step in steps:
             append(journal, step, loss=step / 4)
@@ -185,6 +198,32 @@ def edit_trajectory(path: Path, edit: Callable[[Any], object]) -> None:
         document["attributes"]["cmdgpu"]["layout"] = seal
 
     edit_document(path / fmt.WEIGHTS / fmt.DOCUMENT, tie)
+
+
+def declaring(frame: bytes, n_bytes: int) -> bytes:
+    """A zstd frame with another size of its content in its header: eight bytes, and no window before them."""
+    window = 0 if frame[4] & 0x20 else 1
+    width = (1, 2, 4, 8)[frame[4] >> 6]
+    return frame[:4] + bytes([0xE0]) + n_bytes.to_bytes(8, "little") + frame[5 + window + width :]
+
+
+def put_frame(path: Path, frame: bytes, i: int, t: int) -> Path:
+    """Bytes in the place of a compressed chunk, with a right CRC, and a commit that vouches for them."""
+    file = path / fmt.WEIGHTS / fmt.chunk_name(i, t)
+    file.write_bytes(frame + crc32c(np.frombuffer(frame, dtype=np.uint8)))
+    vouch(path, t)
+    return file
+
+
+def vouch(path: Path, t: int) -> None:
+    """Make the commit's digest that of the chunks of snapshot t as they lie there."""
+    column = sorted((path / fmt.WEIGHTS).glob(f"c.*.{t}"), key=lambda file: int(file.name.split(".")[1]))
+    files = [*column, *(path / fmt.SKETCH).glob(f"c.0.{t}")]
+    digest = fmt.sha256(*(file.read_bytes()[-fmt.CRC_BYTES :] for file in files))
+    edit_document(
+        path / fmt.WEIGHTS / fmt.DOCUMENT,
+        lambda d: d["attributes"]["cmdgpu"]["digests"].__setitem__(t, digest),
+    )
 
 
 # ---- models -------------------------------------------------------------------------------------------

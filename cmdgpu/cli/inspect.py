@@ -62,6 +62,7 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         "shape": list(traj.shape),
         "dtype": traj.dtype,
         "chunks": [view.rows, 1],
+        "codecs": ["bytes", "zstd", "crc32c"] if view.is_compressed else ["bytes", "crc32c"],
         "unit": traj.unit,
         "steps": span,
         "scalars": sorted(traj.scalars),
@@ -80,7 +81,8 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         f"{show_bytes(traj.stored_bytes)}, {when}",
         f"  {len(mapped)} tensors: {payload['n_parameters']} parameters, "
         f"{payload['n_buffers']} buffer elements, {len(mapped.aliases)} tied names",
-        f"  chunks of {view.rows} rows, {payload['sketch_rows']} candidates in the sketch",
+        f"  chunks of {view.rows} rows{', zstd' if view.is_compressed else ''}, "
+        f"{payload['sketch_rows']} candidates in the sketch",
         f"  scalars: {', '.join(payload['scalars']) or 'none'}",
     ]
     lines += [f"  skipped {printable(name)}: {reason}" for name, reason in mapped.skipped]

@@ -29,6 +29,8 @@ class Commit:
     """Element type on disk: float32, float16 or bfloat16."""
     rows: int
     """Rows per chunk."""
+    zstd_level: int | None
+    """Of the chunks of weights and sketch; None where they are not compressed."""
     unit: str
     """What a step counts: step, epoch, ..."""
     layout: str
@@ -44,6 +46,10 @@ class Commit:
     def n_chunks(self) -> int:
         """Chunks in a column."""
         return -(-self.map.n_rows // self.rows)
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.zstd_level is not None
 
     @property
     def storage(self) -> fmt.Storage:
@@ -87,7 +93,7 @@ def read_commit(path: Path) -> Commit:
     mine = group["attributes"]["cmdgpu"]
     file = own_directory(path, fmt.WEIGHTS) / fmt.DOCUMENT
     document, raw = fmt.read_document(file, "array", "weights")
-    array = fmt.check_array(document, file, PARAMETER_BY_SNAPSHOT)
+    array = fmt.check_array(document, file, PARAMETER_BY_SNAPSHOT, may_be_compressed=True)
     head = document["attributes"]["cmdgpu"]
     parameter_map = ParameterMap.from_json(mine.get("layout"), path / fmt.DOCUMENT)
     dtype = head.get("torch_dtype", array.zarr_type)
@@ -99,7 +105,8 @@ def read_commit(path: Path) -> Commit:
 
     if not isinstance(dtype, str) or getattr(fmt.STORAGES.get(dtype), "zarr", None) != array.zarr_type:
         raise refuse(f"holds {array.zarr_type} read as {dtype}")
-    fmt.check_array(document, file, PARAMETER_BY_SNAPSHOT, fmt.storage(dtype).fill)
+    fill = fmt.storage(dtype).fill
+    fmt.check_array(document, file, PARAMETER_BY_SNAPSHOT, fill, may_be_compressed=True)
     if head.get("layout") != mine["self"]:
         raise refuse("belongs to another layout")
     if array.shape[0] != parameter_map.n_rows or array.chunks[1] != 1 or array.chunks[0] % fmt.ROW_QUANTUM:
@@ -129,6 +136,7 @@ def read_commit(path: Path) -> Commit:
         map=parameter_map,
         dtype=dtype,
         rows=array.chunks[0],
+        zstd_level=array.zstd_level,
         unit=unit,
         layout=str(mine["self"]),
         steps=np.array(steps, dtype=np.int64),

@@ -25,6 +25,7 @@ import numpy as np
 
 from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError, printable
 from cmdgpu.notation import UNWRITTEN, AnyArray
+from cmdgpu.store import zstd
 
 Json: TypeAlias = dict[str, Any]
 
@@ -84,10 +85,18 @@ def default_rows_per_chunk(n_rows: int) -> int:
     return min(wanted, max(round_up(n_rows, ROW_QUANTUM), ROW_QUANTUM))
 
 
-def check_rows_per_chunk(rows: int | None) -> None:
+def check_rows_per_chunk(rows: int | None, *, compressed: bool = False) -> None:
     """Raises UsageError for a number of rows that no chunk can have; None leaves it to us."""
-    if rows is not None and (rows < 1 or rows % ROW_QUANTUM or rows > MAX_CHUNK_BYTES // 4):
-        raise UsageError(f"rows_per_chunk={rows}", hint=f"give a positive multiple of {ROW_QUANTUM}, to 2^28")
+    most = _most_chunk_bytes(compressed) // 4
+    if rows is not None and (rows < 1 or rows % ROW_QUANTUM or rows > most):
+        up_to = f"2^{most.bit_length() - 1}{' with zstd' if compressed else ''}"
+        raise UsageError(
+            f"rows_per_chunk={rows}", hint=f"give a positive multiple of {ROW_QUANTUM}, to {up_to}"
+        )
+
+
+def _most_chunk_bytes(compressed: bool) -> int:
+    return zstd.MAX_CHUNK_BYTES if compressed else MAX_CHUNK_BYTES
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -106,12 +115,15 @@ def chunk_name(*index: int) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _template(chunks: tuple[int, ...], zarr_type: str, dims: tuple[str, ...], fill: str) -> str:
+def _template(
+    chunks: tuple[int, ...], zarr_type: str, dims: tuple[str, ...], fill: str, zstd_level: int | None
+) -> str:
     import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
     from zarr.storage import MemoryStore
 
     files: dict[str, Any] = {}
+    zstd_codec = [] if zstd_level is None else [ZstdCodec(level=zstd_level, checksum=False)]
     cast(Any, zarr).create_array(
         MemoryStore(files),
         shape=(0,) * len(chunks),
@@ -120,7 +132,7 @@ def _template(chunks: tuple[int, ...], zarr_type: str, dims: tuple[str, ...], fi
         fill_value=float(fill) if zarr_type.startswith("float") else int(fill),
         filters=None,
         serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
+        compressors=[*zstd_codec, Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=dims,
         config={"write_empty_chunks": True},
@@ -135,9 +147,10 @@ def array_document(
     dims: tuple[str, ...],
     fill: float | int,
     attributes: Mapping[str, Any],
+    zstd_level: int | None = None,
 ) -> Json:
     """Metadata of a new array, as zarr writes it, with our attributes and sealed."""
-    document = cast(Json, json.loads(_template(chunks, zarr_type, dims, str(fill))))
+    document = cast(Json, json.loads(_template(chunks, zarr_type, dims, str(fill), zstd_level)))
     document["shape"] = list(shape)
     document["attributes"] = copy.deepcopy(dict(attributes))
     return seal(document)
@@ -323,6 +336,7 @@ _ARRAY_KEYS = frozenset(
     ]
 )
 _CODECS: Final[list[tuple[str, Json]]] = [("bytes", {"endian": "little"}), ("crc32c", {})]
+"""Of every array; in ``weights`` and ``sketch`` zstd may stand between the two."""
 _DTYPES = frozenset(["float32", "float16", "uint16", "float64", "int64", "int16", "uint8"])
 
 
@@ -333,10 +347,17 @@ class ArrayShape:
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     zarr_type: str
+    zstd_level: int | None = None
+    """Of its chunks; None where they are not compressed."""
 
 
 def check_array(
-    document: Json, path: Path, dims: Sequence[str], fill: float | int | None = None
+    document: Json,
+    path: Path,
+    dims: Sequence[str],
+    fill: float | int | None = None,
+    *,
+    may_be_compressed: bool = False,
 ) -> ArrayShape:
     """Refuse every array this package would not have written: closed keys, codecs, encoding, sizes.
 
@@ -362,7 +383,8 @@ def check_array(
     itemsize = np.dtype(zarr_type).itemsize
     if itemsize == 1 and chain[:1] == [("bytes", {})]:
         chain[0] = _CODECS[0]  # single bytes have no order, and zarr writes none
-    if chain != _CODECS:
+    level = _zstd_level(*chain[1]) if may_be_compressed and len(chain) == 3 else None
+    if (chain if level is None else [chain[0], chain[2]]) != _CODECS:
         raise refuse(f"codecs {chain}, expected {_CODECS}")
     if fill is not None and document.get("fill_value") != ("NaN" if math.isnan(fill) else fill):
         raise refuse(f"fill value {document.get('fill_value')!r}")
@@ -379,9 +401,18 @@ def check_array(
         ):
             raise refuse(f"{what} {sizes}")
     assert shape is not None and chunks is not None
-    if itemsize * math.prod(chunks) > MAX_CHUNK_BYTES:
-        raise refuse(f"chunks {chunks} of more than {MAX_CHUNK_BYTES} bytes")
-    return ArrayShape(tuple(shape), tuple(chunks), zarr_type)
+    if itemsize * math.prod(chunks) > (most := _most_chunk_bytes(level is not None)):
+        raise refuse(f"chunks {chunks} of more than {most} bytes")
+    return ArrayShape(tuple(shape), tuple(chunks), zarr_type, level)
+
+
+def _zstd_level(name: object, configuration: object) -> int | None:
+    """The level of a codec that is zstd as we write it, or None. Its own checksum is off: crc32c follows."""
+    found = as_dict(configuration) or {}
+    level = found.get("level")
+    if name != "zstd" or set(found) != {"level", "checksum"} or found["checksum"] is not False:
+        return None
+    return level if type(level) is int and level in zstd.LEVELS else None
 
 
 # ---- arrays of the two trees ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from cmdgpu.errors import (
     WriteFailed,
 )
 from cmdgpu.notation import F64, I64, AnyArray
-from cmdgpu.store import durable
+from cmdgpu.store import durable, zstd
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import write_chunk
 from cmdgpu.store.commit import PARAMETER_BY_SNAPSHOT
@@ -67,9 +67,10 @@ class Journal:
         rows: int,
         unit: str,
         sketch_rows: I64 | None,
+        compressed: bool = False,
     ) -> Journal:
         """An empty store (N, 0): built under a temporary name, flushed, then renamed whole."""
-        storage = fmt.storage(dtype)
+        storage, zstd_level = fmt.storage(dtype), zstd.LEVEL if compressed else None
         durable.make_directory(path.parent)
         building = path.parent / durable.partial_name(path.name)
         try:
@@ -80,7 +81,7 @@ class Journal:
             small = {fmt.STEP: fmt.sha256()}
             arrays = {fmt.STEP: small_document(fmt.STEP, 0)}
             if sketch_rows is not None:
-                arrays[fmt.SKETCH] = sketch_document(len(sketch_rows), 0, storage)
+                arrays[fmt.SKETCH] = sketch_document(len(sketch_rows), 0, storage, zstd_level)
                 small[fmt.SKETCH_ROW] = digest(sketch_rows)
                 durable.make_directory(building / fmt.SKETCH_ROW)
                 write_sketch_rows(building / fmt.SKETCH_ROW, sketch_rows)
@@ -91,7 +92,7 @@ class Journal:
                 head["torch_dtype"] = storage.name
             arrays[fmt.WEIGHTS] = fmt.array_document(
                 (parameter_map.n_rows, 0), (rows, 1), storage.zarr, PARAMETER_BY_SNAPSHOT, storage.fill,
-                {"coordinates": fmt.STEP, "cmdgpu": head},
+                {"coordinates": fmt.STEP, "cmdgpu": head}, zstd_level,
             )  # fmt: skip
             for name, document in arrays.items():
                 durable.make_directory(building / name)
@@ -192,7 +193,7 @@ class Journal:
         view = self.view
         crcs = self._write_column(column, t)
         if sketch is not None:
-            crcs.append(write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch))
+            crcs.append(write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch, view.zstd_level))
         steps = np.append(view.steps, np.int64(step))
         series = self._extend_scalars(scalars)
         self._write_small(steps, series)
@@ -214,10 +215,10 @@ class Journal:
 
     def _write_column(self, column: AnyArray, t: int) -> list[bytes]:
         """Beyond the visible edge, so no reader sees it; inside this step the order is free."""
-        rows, directory = self.view.rows, self.view.path / fmt.WEIGHTS
+        rows, level, directory = self.view.rows, self.view.zstd_level, self.view.path / fmt.WEIGHTS
 
         def write(i: int) -> bytes:
-            return write_chunk(directory, fmt.chunk_name(i, t), column[i * rows : (i + 1) * rows])
+            return write_chunk(directory, fmt.chunk_name(i, t), column[i * rows : (i + 1) * rows], level)
 
         if self.view.n_chunks == 1:
             return [write(0)]
@@ -241,7 +242,7 @@ class Journal:
             self._write_small_array(name, values)
         view = self.view
         if view.sketch_rows is not None:
-            document = sketch_document(len(view.sketch_rows), len(steps), view.storage)
+            document = sketch_document(len(view.sketch_rows), len(steps), view.storage, view.zstd_level)
             durable.write_file(view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(document)])
 
     def _write_small_array(self, name: str, values: AnyArray) -> None:
@@ -343,12 +344,12 @@ class Journal:
 
     def _trim_small(self) -> None:
         """Shorten the shapes, leave the values."""
-        t = len(self.view.steps)
+        view, t = self.view, len(self.view.steps)
         documents = {name: small_document(name, t) for name in self._small_names()}
-        if self.view.sketch_rows is not None:
-            documents[fmt.SKETCH] = sketch_document(len(self.view.sketch_rows), t, self.view.storage)
+        if view.sketch_rows is not None:
+            documents[fmt.SKETCH] = sketch_document(len(view.sketch_rows), t, view.storage, view.zstd_level)
         for name, document in documents.items():
-            directory = self.view.path / name
+            directory = view.path / name
             found, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
             if found["shape"] != document["shape"]:
                 write_document(directory, document)

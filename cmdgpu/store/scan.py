@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from cmdgpu.store.chunks import PIECE, ChunkDamage, check_chunk, stored_crc
+from cmdgpu.store.chunks import PIECE, ChunkDamage, check_chunk, read_chunk, stored_crc
 
 _READERS: Final = 8
 """Chunks in flight: a cold disk answers many questions at once faster than one after the other."""
@@ -24,20 +24,24 @@ _AHEAD: Final = 4 * _READERS
 class ChunkFile:
     path: Path
     n_bytes: int
-    """Bytes of its elements; the CRC follows them."""
+    """Bytes of its elements; where it is not compressed, its CRC follows them."""
+    compressed: bool = False
 
 
 def scan(files: Iterable[ChunkFile], *, quick: bool) -> Iterator[bytes | ChunkDamage]:
     """For every file the CRC it carries, or what is wrong with it.
 
-    quick looks at presence, type and size only; otherwise every byte is read and must have that CRC.
+    quick looks at presence, type and size only; otherwise every byte is read and must have that CRC, and a
+    compressed chunk must decompress, in memory for the whole of it.
     """
     own = threading.local()
 
     def look(file: ChunkFile) -> bytes | ChunkDamage:
         try:
             if quick:
-                return stored_crc(file.path, file.n_bytes)
+                return stored_crc(file.path, file.n_bytes, compressed=file.compressed)
+            if file.compressed:
+                return read_chunk(file.path, np.empty(file.n_bytes, dtype=np.uint8), compressed=True)
             if not hasattr(own, "buffer"):
                 own.buffer = np.empty(PIECE, dtype=np.uint8)
             return check_chunk(file.path, file.n_bytes, own.buffer)

@@ -89,12 +89,19 @@ def check_sketch(commit: Commit, n_candidates: int) -> None:
     """The sketch's metadata must fit the commit. Raises StoreCorrupt."""
     directory = own_directory(commit.path, fmt.SKETCH)
     document, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
-    array = fmt.check_array(document, directory / fmt.DOCUMENT, SAMPLE_BY_SNAPSHOT, commit.storage.fill)
+    array = fmt.check_array(
+        document, directory / fmt.DOCUMENT, SAMPLE_BY_SNAPSHOT, commit.storage.fill, may_be_compressed=True
+    )
     if array.zarr_type != commit.storage.zarr or array.shape[1] < len(commit.steps):
         raise StoreCorrupt(
             f"holds {array.shape[1]} snapshots of {array.zarr_type}, "
             f"{len(commit.steps)} of {commit.storage.zarr} committed",
             file=directory,
+        )
+    if array.zstd_level != commit.zstd_level:
+        raise StoreCorrupt(
+            f"has zstd level {array.zstd_level}, {fmt.WEIGHTS} has {commit.zstd_level}",
+            file=directory / fmt.DOCUMENT,
         )
     if array.chunks != (max(n_candidates, 1), 1):
         raise StoreCorrupt(f"is cut into chunks {array.chunks}", file=directory / fmt.DOCUMENT)
@@ -123,10 +130,10 @@ def sketch_row_document(n_candidates: int) -> fmt.Json:
     )  # fmt: skip
 
 
-def sketch_document(n_candidates: int, length: int, storage: fmt.Storage) -> fmt.Json:
+def sketch_document(n_candidates: int, length: int, storage: fmt.Storage, zstd_level: int | None) -> fmt.Json:
     return fmt.array_document(
         (n_candidates, length), (max(n_candidates, 1), 1), storage.zarr, SAMPLE_BY_SNAPSHOT, storage.fill,
-        {"coordinates": fmt.STEP, "cmdgpu": fmt.own("small")},
+        {"coordinates": fmt.STEP, "cmdgpu": fmt.own("small")}, zstd_level,
     )  # fmt: skip
 
 

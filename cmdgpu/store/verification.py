@@ -12,7 +12,7 @@ from cmdgpu.notation import I64
 from cmdgpu.progress import Progress, Silent
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
-from cmdgpu.store.chunks import ChunkDamage
+from cmdgpu.store.chunks import ChunkDamage, stored_size
 from cmdgpu.store.commit import Commit, own_directory, read_commit
 from cmdgpu.store.scan import ChunkFile, scan
 from cmdgpu.store.small import check_sketch, read_scalar, read_sketch_rows, read_steps
@@ -48,10 +48,10 @@ class Verification:
 
 
 def verify_store(path: Path, *, quick: bool = False, progress: Progress | None = None) -> Verification:
-    """Check a trajectory store, in the memory of a few small buffers.
+    """Check a trajectory store, in the memory of a few small buffers; of a few chunks if they are compressed.
 
     quick   metadata, small arrays, presence, type, size and the CRC every chunk carries against the digests
-    full    every byte besides
+    full    every byte besides, and that what is compressed can be read
 
     Damage never hides damage: what the small arrays lost, the chunks are checked all the same. Only without
     its two documents, ``zarr.json`` of the group and of ``weights``, is there nothing to check against.
@@ -123,26 +123,28 @@ class Columns:
 
     def files(self, t: int) -> Iterator[ChunkFile]:
         for i in range(self._commit.n_chunks):
-            yield ChunkFile(self._commit.chunk_path(i, t), self._chunk_bytes)
+            yield self._file(self._commit.chunk_path(i, t), self._chunk_bytes)
         if self._sketch_bytes is not None:
-            yield ChunkFile(self._commit.sketch_path(t), self._sketch_bytes)
+            yield self._file(self._commit.sketch_path(t), self._sketch_bytes)
+
+    def _file(self, path: Path, n_bytes: int) -> ChunkFile:
+        return ChunkFile(path, n_bytes, self._commit.is_compressed)
 
     def verify(
         self, found: Verification, *, quick: bool, progress: Progress
     ) -> Iterator[tuple[int, list[Damage]]]:
         """(t, what is wrong with snapshot t) for every snapshot; counts into ``found`` what was looked at."""
         times = range(len(self._commit.steps))
-        column_bytes = sum(file.n_bytes + fmt.CRC_BYTES for file in self.files(0))
-        progress.begin("verify", column_bytes * len(times))
+        progress.begin("verify", sum(_length(file) for file in self.files(0)) * len(times))
         answers = scan((file for t in times for file in self.files(t)), quick=quick)
         try:
             for t in times:
                 answered: list[tuple[ChunkFile, bytes | ChunkDamage]] = []
                 for file in self.files(t):
                     answered.append((file, next(answers)))
-                    progress.advance(file.n_bytes + fmt.CRC_BYTES)
+                    progress.advance(_length(file))
                 found.chunks_checked += len(answered)
-                found.bytes_checked += 0 if quick else column_bytes
+                found.bytes_checked += 0 if quick else sum(_stored(file) for file, _ in answered)
                 yield t, self._judge(t, answered)
         finally:
             progress.end()
@@ -167,3 +169,12 @@ class Columns:
             names = commit.map.name_rows(0, n_rows)
             damages = [Damage(where, fmt.WEIGHTS, problem, step, (0, n_rows - 1), names)]
         return damages
+
+
+def _length(file: ChunkFile) -> int:
+    """Bytes of a chunk that is not compressed: what progress is counted in."""
+    return file.n_bytes + fmt.CRC_BYTES
+
+
+def _stored(file: ChunkFile) -> int:
+    return stored_size(file.path) if file.compressed else _length(file)

@@ -16,7 +16,7 @@ import numpy as np
 from cmdgpu.errors import StoreCorrupt
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.store import format as fmt
-from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
+from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc, stored_size
 from cmdgpu.store.commit import Commit, read_commit
 from cmdgpu.store.small import check_sketch, read_scalar, read_sketch_rows, read_steps
 
@@ -68,7 +68,12 @@ class StoreView(Commit):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights and sketch on disk."""
+        """Bytes of weights and sketch on disk; compressed files are asked for their sizes, one by one."""
+        if self.is_compressed:
+            times = range(len(self.steps))
+            files = [self.chunk_path(i, t) for t in times for i in range(self.n_chunks)]
+            sketches = [] if self.sketch_rows is None else [self.sketch_path(t) for t in times]
+            return sum(map(stored_size, files + sketches))
         per_chunk = self.rows * self.storage.numpy.itemsize + fmt.CRC_BYTES
         sketch = 0
         if self.sketch_rows is not None:
@@ -96,13 +101,14 @@ class StoreView(Commit):
         found: list[bytes] = []
         for i in range(self.n_chunks):
             try:
-                found.append(stored_crc(self.chunk_path(i, t), self.rows * itemsize))
+                path, n_bytes = self.chunk_path(i, t), self.rows * itemsize
+                found.append(stored_crc(path, n_bytes, compressed=self.is_compressed))
             except ChunkDamage as damage:
                 raise self._corrupt(str(damage), i, t) from damage
         if self.sketch_rows is not None:
-            path = self.sketch_path(t)
+            path, n_bytes = self.sketch_path(t), len(self.sketch_rows) * itemsize
             try:
-                found.append(stored_crc(path, len(self.sketch_rows) * itemsize))
+                found.append(stored_crc(path, n_bytes, compressed=self.is_compressed))
             except ChunkDamage as damage:
                 raise self._corrupt_sketch(str(damage), t) from damage
         if fmt.sha256(*found) != self.digests[t]:
@@ -119,19 +125,19 @@ class StoreView(Commit):
         """Chunk i of several columns, each into its place: the fast way of a pass, many files in one call.
 
         What the compiled reader does not find right, ``crcs`` and ``read_chunk`` look at again: they say what
-        is wrong, and they serve where there is no such reader.
+        is wrong, and they serve where there is no such reader, or chunks are compressed.
         """
         from cmdgpu.ops import files  # brings torch, which only a pass needs
 
         wrong = list(range(len(times)))
-        if files.can_read():
+        if files.can_read() and not self.is_compressed:
             here = self.files(i, times)
             wrong = files.read_checked(here.directory, here.names, here.n_bytes, places, here.kept)
         for k in wrong:
             self.read_chunk(i, times[k], places[k])
 
     def files(self, i: int, times: list[int]) -> ChunkFiles:
-        """Chunk i of several columns, for whoever reads them himself; see ``read_chunks``."""
+        """Chunk i of several columns, not compressed, for whoever reads them himself; see ``read_chunks``."""
         kept = [self.contact(t)[i] for t in times]
         names = tuple(fmt.chunk_name(i, t) for t in times)
         n_bytes = self.rows * self.storage.numpy.itemsize
@@ -145,7 +151,7 @@ class StoreView(Commit):
         """``_first_contact`` without the words: None when anything is not as it was committed."""
         from cmdgpu.ops import files
 
-        if not files.can_read():
+        if self.is_compressed or not files.can_read():
             return None
         with self._locks.setdefault(t, threading.Lock()):
             if t in self._crcs:
@@ -166,7 +172,7 @@ class StoreView(Commit):
         """Chunk i of column t, checked, into ``out`` (rows,) of the stored type."""
         kept = self.crcs(t)[i]
         try:
-            read_chunk(self.chunk_path(i, t), out, kept)
+            read_chunk(self.chunk_path(i, t), out, kept, compressed=self.is_compressed)
         except ChunkDamage as damage:
             raise self._corrupt(str(damage), i, t) from damage
 
@@ -175,7 +181,7 @@ class StoreView(Commit):
         assert self.sketch_rows is not None
         out = np.empty(len(self.sketch_rows), dtype=self.storage.numpy)
         try:
-            read_chunk(self.sketch_path(t), out, self.crcs(t)[-1])
+            read_chunk(self.sketch_path(t), out, self.crcs(t)[-1], compressed=self.is_compressed)
         except ChunkDamage as damage:
             raise self._corrupt_sketch(str(damage), t) from damage
         return out

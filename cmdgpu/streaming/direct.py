@@ -1,7 +1,8 @@
 """The pass straight from files: a thread reads and fits a unit a few rows at a time, without slots.
 
-Only on the CPU, from a store on disk, with a compiled kernel. What a file should have been is told by the
-store: a unit in which anything is wrong is looked at again, chunk by chunk, until the store says what.
+Only on the CPU, from a store on disk that is not compressed, with a compiled kernel. What a file should have
+been is told by the store: a unit in which anything is wrong is looked at again, chunk by chunk, until the
+store says what.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.de
 
     Every one holds the files of all its snapshots open.
     """
-    if not isinstance(source, StoreSource) or device.type != "cpu":
+    if not isinstance(source, StoreSource) or source.view.is_compressed or device.type != "cpu":
         return 0
     if not ops.can_fit_files(source.dtype, n_snapshots, n_modes):
         return 0

@@ -31,6 +31,7 @@ from cmdgpu.results import describe_result, partials_of, verify_result
 from cmdgpu.results.ledger import DONE, Ledger
 from cmdgpu.sampling import draw_sample
 from cmdgpu.store import format as fmt
+from cmdgpu.store import zstd
 from cmdgpu.store.chunks import ChunkDamage, stored_crc
 from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.verification import Verification, verify_store
@@ -216,8 +217,9 @@ def _watched() -> Generator[set[Path]]:
         yield files
 
 
-def trajectory_subject(folder: Path) -> Subject:
-    return Subject(build_store(folder / "run.zarr", STEPS), TRAJECTORY_DOORS, verify_store)
+def trajectory_subject(folder: Path, *, compressed: bool = False) -> Subject:
+    store = build_store(folder / "run.zarr", STEPS, compressed=compressed)
+    return Subject(store, TRAJECTORY_DOORS, verify_store)
 
 
 def older_states(folder: Path) -> list[Path]:
@@ -493,8 +495,13 @@ def first_silent(subject: Subject, damages: Iterator[tuple[Path, str, Callable[[
 # ---- readers that are wrong in one step -----------------------------------------------------------------
 
 
-def _unchecked_chunk(path: Path, out: Any, kept: bytes | None = None) -> bytes:
+def _unchecked_chunk(path: Path, out: Any, kept: bytes | None = None, *, compressed: bool = False) -> bytes:
     del kept
+    if compressed:
+        frame = path.read_bytes()[: -fmt.CRC_BYTES]
+        with contextlib.suppress(zstd.BadFrame):
+            zstd.decompress(memoryview(frame), out)
+        return b""
     raw = path.read_bytes()
     if len(raw) < out.nbytes:
         raise ChunkDamage("is short")
@@ -514,10 +521,10 @@ def _any_unit(ledger: Any, unit: int) -> list[bytes]:
     return [stored_crc(file.path, file.n_bytes) for file in ledger.files(unit)][:-1]
 
 
-def _open_anything(path: Path, n_bytes: int) -> int:
-    del n_bytes
+def _open_anything(path: Path, n_bytes: int, compressed: bool) -> tuple[int, int]:
+    del compressed
     try:
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), n_bytes
     except OSError as error:
         raise ChunkDamage("cannot be opened") from error
 
@@ -547,6 +554,7 @@ MUTANTS: Final[dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]] 
     "J: no digest of a column": lambda: _careful(patch.object(StoreView, "_first_contact", _any_crcs)),
     "K: no size, no type": lambda: _careful(patch("cmdgpu.store.chunks._open", _open_anything)),
     "M: no CRC": lambda: _careful(patch("cmdgpu.store.view.read_chunk", _unchecked_chunk)),
+    "M: no CRC of what is compressed": lambda: patch("cmdgpu.store.view.read_chunk", _unchecked_chunk),
     "no done record": lambda: patch.object(Ledger, "crcs", _any_unit),
     "no CRC of a unit": lambda: patch("cmdgpu.results.ledger.read_chunk", _unchecked_chunk),
 }

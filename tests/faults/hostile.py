@@ -9,6 +9,7 @@ is opened, removed, started or connected.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias, cast
@@ -35,8 +37,10 @@ from cmdgpu.notation import AnyArray
 from cmdgpu.results.ledger import Ledger, plan_digest
 from cmdgpu.results.opened import open_parts
 from cmdgpu.store import format as fmt
+from cmdgpu.store import zstd
 from cmdgpu.store.chunks import crc32c
-from tests.verbs import ROWS, STEPS, N, Weights, edit_document, edit_trajectory
+from cmdgpu.store.durable import bytes_of
+from tests.verbs import ROWS, STEPS, N, Weights, declaring, edit_document, edit_trajectory, put_frame
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 MORE_SPACE: Final = 768 << 20
@@ -281,6 +285,13 @@ _NAMES: Final[dict[str, str]] = {
     "half a surrogate": "\ud800",
     "nothing": "",
 }
+_ZSTD: Final[Json] = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+
+
+def _compressed_by_name(path: Path) -> None:
+    for name in (fmt.WEIGHTS, fmt.SKETCH):
+        edit_document(path / name / fmt.DOCUMENT, lambda d: d.update(codecs=_codecs(_ZSTD)))
+
 
 TRAJECTORIES: Final[dict[str, Case]] = {
     # numbers
@@ -300,6 +311,8 @@ TRAJECTORIES: Final[dict[str, Case]] = {
     # codecs, types
     "a codec nobody knows": Case(_commit_keys(codecs=_codecs({"name": "numcodecs.pickle"}))),
     "zstd": Case(_commit_keys(codecs=_codecs({"name": "zstd", "configuration": {"level": 0}}))),
+    "zstd in the metadata alone": Case(_commit_keys(codecs=_codecs(_ZSTD))),
+    "zstd in the metadata alone, of the sketch too": Case(_compressed_by_name),
     "blosc": Case(_commit_keys(codecs=_codecs({"name": "blosc", "configuration": {}}))),
     "shards": Case(_commit_keys(codecs=[{"name": "sharding_indexed", "configuration": {}}])),
     "codecs with a name of a megabyte": Case(_commit_keys(codecs=_codecs({"name": "c" * (1 << 20)}))),
@@ -435,6 +448,89 @@ LARGE_TRAJECTORIES: Final[dict[str, Case]] = {
     "600,000 snapshots that agree": Case(_many_steps(600_000)),
     "300,000 empty tensors": Case(_many_tensors(300_000), is_readable=True),
     "200,000 pieces side by side": Case(_many_pieces(200_000)),
+}
+
+
+# ---- forging frames -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _zeros(n_bytes: int) -> bytes:
+    """A frame of so many bytes, in a ten thousandth of them."""
+    return zstd.compress(np.zeros(n_bytes, dtype=np.uint8), zstd.LEVEL)
+
+
+def _frame(make: Callable[[bytes], bytes], i: int = 1, t: int = 2) -> Forge:
+    """What becomes of the frame of one chunk; its CRC and the commit agree."""
+
+    def forge(path: Path) -> None:
+        file = path / fmt.WEIGHTS / fmt.chunk_name(i, t)
+        put_frame(path, make(file.read_bytes()[: -fmt.CRC_BYTES]), i, t)
+
+    return forge
+
+
+def _undeclared(frame: bytes) -> bytes:
+    """The frame of a chunk of 1024 bytes without its size: two bytes of it, a window in their place."""
+    return frame[:4] + b"\0\x58" + frame[7:]
+
+
+def _one_large_chunk(n_bytes: int, content: Callable[[], bytes]) -> Forge:
+    """Every snapshot one chunk, of so many bytes by the metadata."""
+
+    def forge(path: Path) -> None:
+        frame = content()
+        edit_document(
+            path / fmt.WEIGHTS / fmt.DOCUMENT, lambda d: d.update(chunk_grid=_chunks(n_bytes // 4, 1))
+        )
+        for file in (path / fmt.WEIGHTS).glob("c.[12].*"):
+            file.unlink()
+        for t in range(len(STEPS)):
+            put_frame(path, frame, 0, t)
+
+    return forge
+
+
+_SKIPPABLE: Final = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"junk"
+
+COMPRESSED: Final[dict[str, Case]] = {
+    "a gigabyte in 33 kB": Case(_frame(lambda frame: _zeros(1 << 30))),
+    "a gigabyte in 33 kB where 256 KiB may be": Case(_one_large_chunk(256 << 10, lambda: _zeros(1 << 30))),
+    "a gigabyte in 33 kB that declares 256 KiB": Case(
+        _one_large_chunk(256 << 10, lambda: declaring(_zeros(1 << 30), 256 << 10))
+    ),
+    "a gigabyte in 33 kB that declares 16 MiB": Case(
+        _one_large_chunk(16 << 20, lambda: declaring(_zeros(1 << 30), 16 << 20))
+    ),
+    "2^64 - 1 bytes declared": Case(_frame(lambda frame: declaring(frame, (1 << 64) - 1))),
+    "a byte more declared": Case(_frame(lambda frame: declaring(frame, 4 * ROWS + 1))),
+    "a byte less declared": Case(_frame(lambda frame: declaring(frame, 4 * ROWS - 1))),
+    "no size declared": Case(_frame(_undeclared)),
+    "two frames": Case(_frame(lambda frame: _zeros(2 * ROWS) + _zeros(2 * ROWS))),
+    "an empty frame behind": Case(_frame(lambda frame: frame + _zeros(0))),
+    "a skippable frame behind": Case(_frame(lambda frame: frame + _SKIPPABLE)),
+    "a skippable frame before": Case(_frame(lambda frame: _SKIPPABLE + frame)),
+    "a byte behind": Case(_frame(lambda frame: frame + b"\0")),
+    "a frame cut short": Case(_frame(lambda frame: frame[:-1])),
+    "half a frame": Case(_frame(lambda frame: frame[: len(frame) // 2])),
+    "a header alone": Case(_frame(lambda frame: frame[:7])),
+    "no frame": Case(_frame(lambda frame: b"")),
+    "a frame of empty blocks": Case(_frame(lambda frame: frame[:7] + 300 * bytes(3) + frame[7:])),
+    "a frame that needs a dictionary": Case(_frame(lambda f: f[:4] + bytes([f[4] | 1, 9]) + f[5:])),
+    "elements that are not compressed": Case(_frame(lambda frame: bytes(4 * ROWS))),
+    "a chunk of a gigabyte for a few rows": Case(_commit_keys(chunk_grid=_chunks(1 << 28, 1))),
+    "a chunk of 16 MiB for a few rows": Case(_commit_keys(chunk_grid=_chunks(1 << 22, 1))),
+    "chunks of 16 MiB in 600 bytes": Case(
+        _one_large_chunk(16 << 20, lambda: _zeros(16 << 20)), is_readable=True
+    ),
+    "chunks of 32 MiB in 1200 bytes": Case(_one_large_chunk(32 << 20, lambda: _zeros(32 << 20))),
+    "level 22": Case(
+        _commit_keys(codecs=_codecs({"name": "zstd", "configuration": {"level": 22, "checksum": False}}))
+    ),
+    "zstd out of the metadata": Case(_commit_keys(codecs=_codecs())),
+    "a sketch without zstd": Case(_array(fmt.SKETCH, lambda d: d.update(codecs=_codecs()))),
+    "a FIFO as weights/c.1.2": Case(_in_place("weights/c.1.2", os.mkfifo)),
+    "a link out of the store as weights/c.1.2": Case(_moved_out("weights/c.1.2")),
 }
 
 
@@ -748,11 +844,11 @@ def _fit(path: Path, out: Path) -> None:
     )
 
 
-def _record(path: Path, out: Path) -> None:
+def _record(path: Path, out: Path, *, zstd: bool = False) -> None:
     from cmdgpu.recording import Recorder
 
     del out
-    with Recorder(path) as recorder:
+    with Recorder(path, zstd=zstd) as recorder:
         recorder.record(Weights(), 10**6)
 
 
@@ -820,6 +916,10 @@ TRAJECTORY_DOORS: Final[dict[str, Door]] = {
     "export pt": _export(".pt"),
     "record": _record,
 }
+COMPRESSED_DOORS: Final[dict[str, Door]] = {
+    **TRAJECTORY_DOORS,
+    "record": lambda path, out: _record(path, out, zstd=True),
+}
 RESULT_DOORS: Final[dict[str, Door]] = {
     "inspect": lambda path, out: _command("inspect", path),
     "verify": lambda path, out: _command("verify", path),
@@ -831,6 +931,9 @@ RESULT_DOORS: Final[dict[str, Door]] = {
     "fit to the same place": _fit_again,
     "resume": _resume,
 }
+
+
+BASES: Final = {"run.zarr": TRAJECTORY_DOORS, "zstd.zarr": COMPRESSED_DOORS, "out.zarr": RESULT_DOORS}
 
 
 def is_printable(line: str) -> bool:
@@ -995,9 +1098,15 @@ def _read_anything(path: Path, limit: int = 0) -> bytes:
     return path.read_bytes()
 
 
-def _open_anything(path: Path, n_bytes: int) -> int:
-    del n_bytes
-    return os.open(path, os.O_RDONLY)
+def _open_anything(path: Path, n_bytes: int, compressed: bool) -> tuple[int, int]:
+    del compressed
+    return os.open(path, os.O_RDONLY), n_bytes
+
+
+def _inflate_anything(frame: memoryview, out: AnyArray) -> None:
+    """As numcodecs does without a place to put it: memory for whatever the frame holds."""
+    content = import_module("numcodecs.zstd").decompress(frame)
+    bytes_of(out)[:] = memoryview(content)[: out.nbytes]
 
 
 def _believe(source: object, columns: object) -> None:
@@ -1008,6 +1117,7 @@ MUTANTS: Final[dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]] 
     "T: documents of any type": lambda: patch.object(fmt, "read_bytes", _read_anything),
     "T: chunks of any type": lambda: patch("cmdgpu.store.chunks._open", _open_anything),
     "U: memory from metadata": lambda: patch("cmdgpu.sources.StoreSource.require", _believe),
+    "V: frames of any size": lambda: patch.object(zstd, "decompress", _inflate_anything),
 }
 
 
@@ -1085,7 +1195,7 @@ def _warm_up() -> None:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         base = make_bases(Path(folder))
-        for name, doors in (("run.zarr", TRAJECTORY_DOORS), ("out.zarr", RESULT_DOORS)):
+        for name, doors in BASES.items():
             for i, (door, through) in enumerate(doors.items()):
                 out = base / f"{name}-{i}"
                 out.mkdir()
@@ -1093,11 +1203,13 @@ def _warm_up() -> None:
                     with contextlib.suppress(CmdgpuError):
                         through(base / name, out)
         _record(base / "run.zarr", base)
+        _record(base / "zstd.zarr", base, zstd=True)
         Weights()
 
 
 def make_bases(folder: Path) -> Path:
-    """A folder with a sound trajectory and a result of it: run.zarr, out.zarr, and its fingerprint."""
+    """A folder with a sound trajectory, the same one compressed, and a result: run.zarr, zstd.zarr, out.zarr,
+    and its fingerprint."""
     from cmdgpu.decomposition import CMD
     from cmdgpu.trajectory import Trajectory
     from tests.verbs import build_store
@@ -1105,6 +1217,7 @@ def make_bases(folder: Path) -> Path:
     base = folder / "bases"
     base.mkdir()
     build_store(base / "run.zarr")
+    build_store(base / "zstd.zarr", compressed=True)
     CMD(n_modes=3, n_samples=60, device="cpu").fit(
         Trajectory.open(base / "run.zarr"), out=base / "out.zarr", memory_limit="128MiB"
     )
@@ -1157,7 +1270,7 @@ def _answer(question: Json, answers: int) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     store, out = Path(question["store"]), Path(question["out"])
-    doors = TRAJECTORY_DOORS if store.name == "hostile.zarr" else RESULT_DOORS
+    doors = BASES["run.zarr" if store.name == "hostile.zarr" else store.name]
     limit = _status("VmSize") + MORE_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     watch = Watch(store, out)

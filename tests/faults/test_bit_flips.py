@@ -31,6 +31,8 @@ from tests.verbs import N_CHUNKS, ROWS, N, flip_bit, swap_files, values_at
 
 BITS_PER_DOCUMENT: Final = 14
 KINDS_OF_STORE: Final = ("trajectory", "result")
+every_kind = pytest.mark.parametrize("subject", [*KINDS_OF_STORE, "compressed"], indirect=True)
+"""For laws of files: documents and small arrays of a compressed store are those of any other."""
 Record = Callable[[str, object], None]
 
 
@@ -39,6 +41,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     return {
         "trajectory": flips.trajectory_subject(tmp_path_factory.mktemp("trajectory")),
         "result": flips.result_subject(tmp_path_factory.mktemp("result")),
+        "compressed": flips.trajectory_subject(tmp_path_factory.mktemp("compressed"), compressed=True),
     }
 
 
@@ -102,6 +105,7 @@ def test_a_flipped_bit_of_a_document_is_never_silent(subject: Subject, record_pr
     check_nothing_is_silent(tally, record_property)
 
 
+@every_kind
 def test_a_flipped_bit_of_every_kib_of_every_chunk_is_never_silent(
     subject: Subject, record_property: Record
 ) -> None:
@@ -119,6 +123,7 @@ def test_every_flipped_bit_of_every_document_is_seen(subject: Subject, record_pr
 
 
 @pytest.mark.long
+@every_kind
 def test_sixteen_flipped_bits_of_every_kib_of_every_chunk_are_seen(
     subject: Subject, record_property: Record
 ) -> None:
@@ -168,6 +173,7 @@ def test_a_flipped_bit_that_spells_the_same_number_otherwise_is_damage(tmp_path:
 # ---- files ----------------------------------------------------------------------------------------------
 
 
+@every_kind
 def test_a_file_that_is_not_what_it_was_is_never_silent(subject: Subject, record_property: Record) -> None:
     """Empty, cut, longer, zeroed, gone; a directory, a FIFO, a link in its place; of every array a chunk."""
     tally = Tally()
@@ -178,6 +184,7 @@ def test_a_file_that_is_not_what_it_was_is_never_silent(subject: Subject, record
 
 
 @pytest.mark.long
+@every_kind
 def test_no_file_at_all_can_become_something_else_in_silence(
     subject: Subject, record_property: Record
 ) -> None:
@@ -204,6 +211,7 @@ def _in(subject: Subject, array: Path) -> list[Path]:
     return [file for file in subject.chunks if file.parent == array]
 
 
+@every_kind
 def test_two_chunks_that_changed_places_are_never_silent(subject: Subject, record_property: Record) -> None:
     tally = Tally()
     doors = frozenset(subject.doors)
@@ -352,6 +360,7 @@ CAUGHT_BY: Final[dict[str, tuple[str, Damages]]] = {
     "J: no digest of a column": ("trajectory", lambda s: _swaps(_in(s, s.path / fmt.WEIGHTS))),
     "K: no size, no type": ("trajectory", lambda s: _kinds(_in(s, s.path / fmt.WEIGHTS))),
     "M: no CRC": ("trajectory", lambda s: _flips(s, _in(s, s.path / fmt.WEIGHTS))),
+    "M: no CRC of what is compressed": ("compressed", lambda s: _flips(s, _in(s, s.path / fmt.WEIGHTS))),
     "no done record": ("result", lambda s: _swaps(_in(s, s.path / "a"))),
     "no CRC of a unit": ("result", lambda s: _flips(s, _in(s, s.path / "a"))),
 }

@@ -21,6 +21,7 @@ from cmdgpu.store.parameter_map import ParameterMap, Piece, TensorEntry
 from cmdgpu.trajectory import Trajectory
 from tests.faults import hostile
 from tests.faults.hostile import (
+    COMPRESSED,
     LARGE_TRAJECTORIES,
     RESULTS,
     TRAJECTORIES,
@@ -32,7 +33,11 @@ from tests.verbs import check_same_bits, float_tensors
 
 Record = Callable[[str, object], None]
 
-OPENING: Final = {"run.zarr": ("open", "verify", "fit"), "out.zarr": ("load",)}
+OPENING: Final = {
+    "run.zarr": ("open", "verify", "fit"),
+    "zstd.zarr": ("open", "verify", "fit"),
+    "out.zarr": ("load",),
+}
 """Doors that a store must be refused at when nothing about it can be read."""
 
 
@@ -49,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def look(zygote: Zygote, base: Path, folder: Path, name: str, case: Case) -> dict[str, Seen]:
     """Through every door; those that may write into the store come last."""
-    doors = hostile.TRAJECTORY_DOORS if name == "run.zarr" else hostile.RESULT_DOORS
+    doors = hostile.BASES[name]
     with hostile.forged(base, folder / "case", name, case) as store:
         out = folder / "out"
         out.mkdir()
@@ -65,7 +70,7 @@ def check(seen: dict[str, Seen], name: str, case: Case, record: Record) -> None:
         assert believed == [], "was believed"
 
 
-@pytest.mark.parametrize("name", ["run.zarr", "out.zarr"])
+@pytest.mark.parametrize("name", hostile.BASES)
 def test_a_sound_store_passes_every_door_under_these_limits(
     zygote: Zygote, base: Path, tmp_path: Path, name: str, record_property: Record
 ) -> None:
@@ -87,6 +92,15 @@ def test_a_forged_trajectory_is_refused_in_one_line(
 ) -> None:
     case = TRAJECTORIES[name]
     check(look(zygote, base, tmp_path, "run.zarr", case), "run.zarr", case, record_property)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_a_forged_compressed_trajectory_is_refused_in_one_line(
+    zygote: Zygote, base: Path, tmp_path: Path, name: str, record_property: Record
+) -> None:
+    """Bombs and everything that is not exactly one frame of a chunk; the commit vouches for each."""
+    case = COMPRESSED[name]
+    check(look(zygote, base, tmp_path, "zstd.zarr", case), "zstd.zarr", case, record_property)
 
 
 @pytest.mark.parametrize("name", _some(RESULTS))
@@ -132,6 +146,7 @@ MUTANTS: Final = (
     ("T: chunks of any type", "a FIFO as weights/c.1.2", "hang"),
     ("T: chunks of any type", "a link out of the store as step/c.0", "outside"),
     ("U: memory from metadata", "a chunk of a gigabyte for a few rows", "MemoryError"),
+    ("V: frames of any size", "a gigabyte in 33 kB where 256 KiB may be", "MemoryError"),
 )
 """The wrong step, a store of the corpus, and what it must be seen by."""
 
@@ -141,7 +156,8 @@ def test_a_reader_without_one_of_its_checks_is_caught(
     zygote: Zygote, base: Path, tmp_path: Path, mutant: str, name: str, sign: str
 ) -> None:
     """Or hangs, escapes and memory would go unseen."""
-    with hostile.forged(base, tmp_path / "case", "run.zarr", TRAJECTORIES[name]) as store:
+    of = "run.zarr" if name in TRAJECTORIES else "zstd.zarr"
+    with hostile.forged(base, tmp_path / "case", of, {**COMPRESSED, **TRAJECTORIES}[name]) as store:
         out = tmp_path / "out"
         out.mkdir()
         assert zygote.ask(["open"], store, out)["open"].problems == []

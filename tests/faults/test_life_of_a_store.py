@@ -46,6 +46,8 @@ def read_column(view: StoreView, t: int) -> bytes:
 class Life(RuleBasedStateMachine):
     """The model is a list of snapshots; the store must be that list after everything."""
 
+    compressed = False
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
@@ -53,7 +55,7 @@ class Life(RuleBasedStateMachine):
         self.held: list[Snapshot] = []
         self.seed = 0
         with Disk().in_place():
-            self.journal = create_store(self.store)
+            self.journal = create_store(self.store, compressed=self.compressed)
 
     def teardown(self) -> None:
         self.journal.close()
@@ -158,6 +160,14 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(stateful_step_count=12)
+
+
+class CompressedLife(Life):
+    compressed = True
+
+
+TestCompressedLife = CompressedLife.TestCase
+TestCompressedLife.settings = settings(stateful_step_count=12)
 
 
 def test_readers_beside_a_writer_see_whole_snapshots_only(tmp_path: Path) -> None:

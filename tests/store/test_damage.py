@@ -12,7 +12,8 @@ import pytest
 from cmdgpu.errors import StoreCorrupt
 from cmdgpu.sampling import draw_sample
 from cmdgpu.store import format as fmt
-from cmdgpu.store.chunks import ChunkDamage, crc32c, read_chunk, stored_crc
+from cmdgpu.store import zstd
+from cmdgpu.store.chunks import ChunkDamage, crc32c, read_chunk, stored_crc, write_chunk
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.verification import verify_store
 from cmdgpu.store.view import StoreView
@@ -43,20 +44,35 @@ BLOCK, T = 1, 2
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {sketch: build_store(folder / f"{sketch}.zarr", sketch=sketch) for sketch in (True, False)}
+    return {
+        "plain": build_store(folder / "plain.zarr", sketch=False),
+        "zstd": build_store(folder / "zstd.zarr", sketch=False, compressed=True),
+        "sketched": build_store(folder / "sketched.zarr"),
+        "sketched zstd": build_store(folder / "sketched-zstd.zarr", compressed=True),
+    }
 
 
 @pytest.fixture
-def store(bases: dict[bool, Path], tmp_path: Path) -> Path:
+def chain() -> str:
+    """Chunks as they are; tests of both chains say so."""
+    return "plain"
+
+
+@pytest.fixture
+def store(bases: dict[str, Path], tmp_path: Path, chain: str) -> Path:
     """Without a sketch: what is read is read from ``weights``."""
-    return Path(shutil.copytree(bases[False], tmp_path / "run.zarr"))
+    return Path(shutil.copytree(bases[chain], tmp_path / "run.zarr"))
 
 
 @pytest.fixture
-def sketched(bases: dict[bool, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bases[True], tmp_path / "sketched.zarr"))
+def sketched(bases: dict[str, Path], tmp_path: Path, chain: str) -> Path:
+    name = "sketched" if chain == "plain" else "sketched zstd"
+    return Path(shutil.copytree(bases[name], tmp_path / "sketched.zarr"))
+
+
+both_chains = pytest.mark.parametrize("chain", ["plain", "zstd"])
 
 
 def chunk(store: Path, i: int = BLOCK, t: int = T) -> Path:
@@ -71,19 +87,29 @@ def cut(file: Path, size: int) -> None:
         opened.truncate(size)
 
 
+def size_of(file: Path) -> int:
+    return file.stat().st_size
+
+
 def put(file: Path, elements: np.ndarray) -> None:
     """A chunk that is whole in itself, with a right CRC, but was never committed here."""
+    level = None if size_of(file) == SIZE else zstd.LEVEL
     file.unlink()
-    file.write_bytes(elements.tobytes() + crc32c(elements))
+    write_chunk(file.parent, file.name, elements, level)
 
 
 SIZE = 4 * ROWS + 4
+"""Of a chunk file that is not compressed; none that is has as many bytes here."""
+CUT: dict[str, Callable[[Path], object]] = {
+    "half": lambda file: cut(file, size_of(file) // 2),
+    "one byte short": lambda file: cut(file, size_of(file) - 1),
+    "one byte long": lambda file: cut(file, size_of(file) + 1),
+}
+"""Compressed chunks have any size: of them this is seen by what stands at their end, as all below is."""
 ABSENT: dict[str, Callable[[Path], object]] = {
+    **CUT,
     "missing": Path.unlink,
     "empty": lambda file: cut(file, 0),
-    "half": lambda file: cut(file, SIZE // 2),
-    "one byte short": lambda file: cut(file, SIZE - 1),
-    "one byte long": lambda file: cut(file, SIZE + 1),
     "a directory": replace_by_directory,
     "a symbolic link": replace_by_symlink,
     "a FIFO": replace_by_fifo,
@@ -95,13 +121,13 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "a copy of another column": lambda file: shutil.copy(file.with_name(fmt.chunk_name(BLOCK, 0)), file),
     "stale": lambda file: put(file, stored_at(999)[BLOCK * ROWS : (BLOCK + 1) * ROWS]),
     "zeros with a right CRC": lambda file: put(file, np.zeros(ROWS, np.float32)),
-    "a flipped bit of the CRC": lambda file: flip_bit(file, 8 * 4 * ROWS + 5),
+    "a flipped bit of the CRC": lambda file: flip_bit(file, 8 * (size_of(file) - 4) + 5),
 }
 """A chunk file, but not the committed one: seen when its column is first met."""
 FLIPPED: dict[str, Callable[[Path], object]] = {
     "the first bit": lambda file: flip_bit(file, 0),
-    "a bit in the middle": lambda file: flip_bit(file, 8 * 2 * ROWS + 3),
-    "the last bit": lambda file: flip_bit(file, 8 * 4 * ROWS - 1),
+    "a bit in the middle": lambda file: flip_bit(file, 8 * (size_of(file) // 2) + 3),
+    "the last bit": lambda file: flip_bit(file, 8 * (size_of(file) - 4) - 1),
 }
 """Seen when the chunk itself is read."""
 DAMAGE = ABSENT | FOREIGN | FLIPPED
@@ -127,11 +153,13 @@ READERS: dict[str, Callable[[Trajectory, Path], object]] = {
 }
 
 
-def check_names_the_place(caught: StoreCorrupt, store: Path, kind: str) -> None:
+def check_names_the_place(caught: StoreCorrupt, store: Path, kind: str, chain: str = "plain") -> None:
     assert caught.step == STEPS[T]
     assert caught.hint is not None
     assert "verify" in caught.hint
-    if kind in FOREIGN:  # which chunk of the column is the wrong one, nobody can tell
+    if kind in FOREIGN or (
+        kind in CUT and chain == "zstd"
+    ):  # which chunk of the column is the wrong one, nobody can tell
         assert caught.file == str(store / fmt.WEIGHTS / f"c.*.{T}")
         assert caught.tensor == "embed.weight +3"
     else:
@@ -139,10 +167,11 @@ def check_names_the_place(caught: StoreCorrupt, store: Path, kind: str) -> None:
         assert caught.tensor == "embed.weight +1"
 
 
+@both_chains
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_an_error_that_names_its_place_for_every_reader(
-    store: Path, tmp_path: Path, kind: str, reader: str
+    store: Path, tmp_path: Path, kind: str, reader: str, chain: str
 ) -> None:
     READERS[reader](Trajectory.open(store), tmp_path)  # sound: it reads
     outputs = [tmp_path / "x.safetensors", tmp_path / "x.pt"]
@@ -155,11 +184,12 @@ def test_damage_is_an_error_that_names_its_place_for_every_reader(
         reader = "all of it" if reader in ("rows and columns", "the pass") else reader
     with pytest.raises(StoreCorrupt) as caught:
         READERS[reader](traj, tmp_path)
-    check_names_the_place(caught.value, store, kind)
+    check_names_the_place(caught.value, store, kind, chain)
     assert not any(out.exists() for out in outputs)
     assert leftovers(tmp_path) == []
 
 
+@both_chains
 @pytest.mark.parametrize("kind", ABSENT | FOREIGN)
 def test_a_read_of_one_chunk_learns_of_another_that_is_not_the_committed_one(store: Path, kind: str) -> None:
     DAMAGE[kind](chunk(store))
@@ -167,6 +197,7 @@ def test_a_read_of_one_chunk_learns_of_another_that_is_not_the_committed_one(sto
         _ = Trajectory.open(store)[N - 1, T]
 
 
+@both_chains
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_verify_finds_it(store: Path, kind: str) -> None:
     before = tree_bytes(store)
@@ -192,11 +223,12 @@ def test_a_flipped_bit_of_the_padding_is_damage(store: Path, bit: int) -> None:
     assert found.rows == ((N_CHUNKS - 1) * ROWS, N - 1)
 
 
+@both_chains
 def test_one_bit_in_every_few_bytes_of_a_column_is_seen(store: Path) -> None:
     sound = verify_store(store)
     assert sound.damaged == []
     for i in range(N_CHUNKS):
-        for bit in range(0, 8 * SIZE, 37 * 8 + 1):
+        for bit in range(0, 8 * size_of(chunk(store, i)), 37 * 8 + 1):
             flip_bit(chunk(store, i), bit)
             out = np.empty(ROWS, np.float32)
             with pytest.raises(StoreCorrupt):
@@ -213,6 +245,7 @@ def test_damage_in_one_snapshot_leaves_the_others_readable(store: Path) -> None:
     assert np.array_equal(traj.sel(steps=STEPS[:2])[:, :], np.stack([values_at(s) for s in STEPS[:2]], 1))
 
 
+@both_chains
 def test_damage_done_after_the_first_look_is_still_seen(store: Path) -> None:
     view = StoreView.open(store)
     out = np.empty(ROWS, np.float32)
@@ -237,6 +270,7 @@ def test_a_weight_that_is_not_a_number_is_a_weight(tmp_path: Path) -> None:
 # ---- all of it ------------------------------------------------------------------------------------------
 
 
+@both_chains
 def test_verify_lists_everything_that_is_wrong(sketched: Path) -> None:
     chunk(sketched, 0, 0).unlink()
     cut(chunk(sketched, 2, 0), 0)
@@ -272,10 +306,14 @@ def test_verify_beside_a_recorder_raises_no_alarm(store: Path, monkeypatch: pyte
     journal.close()
 
 
-def test_verify_counts_what_it_read(sketched: Path) -> None:
+@both_chains
+def test_verify_counts_what_it_read(sketched: Path, chain: str) -> None:
     found = verify_store(sketched)
     assert found.chunks_checked == len(STEPS) * (N_CHUNKS + 1)
-    assert found.bytes_checked == len(STEPS) * (N_CHUNKS * SIZE + 4 * (N - 30) + 4)
+    files = [file for name in (fmt.WEIGHTS, fmt.SKETCH) for file in (sketched / name).glob("c.*")]
+    assert found.bytes_checked == sum(map(size_of, files)) == StoreView.open(sketched).stored_bytes
+    plain = len(STEPS) * (N_CHUNKS * SIZE + 4 * (N - 30) + 4)
+    assert found.bytes_checked == plain if chain == "plain" else found.bytes_checked < plain
     assert verify_store(sketched, quick=True).bytes_checked == 0
 
 
@@ -298,11 +336,7 @@ def test_a_damage_says_where_it_is_as_json_too(store: Path) -> None:
 @pytest.mark.parametrize("kind", ABSENT | FLIPPED)
 def test_a_damaged_sketch_is_an_error_when_a_sample_is_drawn(sketched: Path, kind: str) -> None:
     file = sketched / fmt.SKETCH / fmt.chunk_name(0, T)
-    size = file.stat().st_size
-    if kind in ("half", "one byte short", "one byte long"):
-        cut(file, {"half": size // 2, "one byte short": size - 1, "one byte long": size + 1}[kind])
-    else:
-        DAMAGE[kind](file)
+    DAMAGE[kind](file)
     traj = Trajectory.open(sketched)
     sample = draw_sample(traj.parameters, 100, "layer-balanced", 0)
     assert sample.from_candidates

@@ -24,10 +24,13 @@ from tests.verbs import (
     zarr_values,
 )
 
+both_chains = pytest.mark.parametrize("compressed", [False, True])
 
+
+@both_chains
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_zarr_reads_the_values_we_read(tmp_path: Path, dtype: str) -> None:
-    store = build_store(tmp_path / "run.zarr", dtype=dtype)
+def test_zarr_reads_the_values_we_read(tmp_path: Path, dtype: str, compressed: bool) -> None:
+    store = build_store(tmp_path / "run.zarr", dtype=dtype, compressed=compressed)
     weights = zarr_values(store, fmt.WEIGHTS)
     assert weights.tobytes() == Trajectory.open(store)[:, :].tobytes()
     assert np.array_equal(weights, np.stack([values_at(s) for s in STEPS], axis=1).astype(dtype))
@@ -35,8 +38,9 @@ def test_zarr_reads_the_values_we_read(tmp_path: Path, dtype: str) -> None:
     assert zarr_values(store, "loss").tolist() == [s / 4 for s in STEPS]
 
 
-def test_zarr_reads_bfloat16_as_the_patterns_it_is_made_of(tmp_path: Path) -> None:
-    store = build_store(tmp_path / "run.zarr", dtype="bfloat16")
+@both_chains
+def test_zarr_reads_bfloat16_as_the_patterns_it_is_made_of(tmp_path: Path, compressed: bool) -> None:
+    store = build_store(tmp_path / "run.zarr", dtype="bfloat16", compressed=compressed)
     patterns = zarr_values(store, fmt.WEIGHTS)
     assert patterns.dtype == np.uint16
     widened = (patterns.astype(np.uint32) << 16).view(np.float32)
@@ -54,8 +58,9 @@ def test_the_axes_are_named_and_step_is_a_coordinate(tmp_path: Path) -> None:
     assert dict(dataset.sizes) == {"parameter": N, "snapshot": len(STEPS), "sample": S}
 
 
-def test_xarray_selects_by_step(tmp_path: Path) -> None:
-    dataset = open_xarray(build_store(tmp_path / "run.zarr"))
+@both_chains
+def test_xarray_selects_by_step(tmp_path: Path, compressed: bool) -> None:
+    dataset = open_xarray(build_store(tmp_path / "run.zarr", compressed=compressed))
     labelled = dataset.set_coords("step").swap_dims(snapshot="step")
     for by_label in (dataset, labelled):
         assert np.array_equal(by_label["weights"].sel(step=25).values, values_at(25))
@@ -64,8 +69,9 @@ def test_xarray_selects_by_step(tmp_path: Path) -> None:
     assert np.array_equal(several, np.stack([values_at(0), values_at(25)], axis=1))
 
 
-def test_the_sketch_holds_the_values_of_its_rows(tmp_path: Path) -> None:
-    store = build_store(tmp_path / "run.zarr")
+@both_chains
+def test_the_sketch_holds_the_values_of_its_rows(tmp_path: Path, compressed: bool) -> None:
+    store = build_store(tmp_path / "run.zarr", compressed=compressed)
     rows = zarr_values(store, fmt.SKETCH_ROW)
     assert rows.tolist() == list(range(S)), "candidates of a small model: every parameter, no buffer"
     assert np.array_equal(zarr_values(store, fmt.SKETCH), zarr_values(store, fmt.WEIGHTS)[rows])

@@ -354,6 +354,8 @@ def _without(key: str) -> Edit:
 
 
 _BYTES: Any = {"name": "bytes", "configuration": {"endian": "little"}}
+_ZSTD: Any = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+_WITH_ZSTD: Any = [_BYTES, _ZSTD, {"name": "crc32c"}]
 HOSTILE_WEIGHTS: dict[str, Edit] = {
     "fewer snapshots than steps": _set(shape=[N, 2]),
     "more snapshots than steps": _set(shape=[N, 4]),
@@ -379,6 +381,7 @@ HOSTILE_WEIGHTS: dict[str, Edit] = {
     "codecs that are numbers": _set(codecs=[1, 2]),
     "codecs that are text": _set(codecs=["bytes", "crc32c"]),
     "codecs in another order": _set(codecs=[{"name": "crc32c"}, _BYTES]),
+    "zstd in weights and not in the sketch": _set(codecs=_WITH_ZSTD),
     "big endian": _set(codecs=[{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]),
     "data type of objects": _set(data_type="object"),
     "data type nobody knows": _set(data_type="f4,{"),
@@ -495,6 +498,8 @@ HOSTILE_SMALL: dict[str, tuple[str, Edit]] = {
     "sketch of another height": (fmt.SKETCH, _set(shape=[S + 1, 3])),
     "sketch of fewer snapshots": (fmt.SKETCH, _set(shape=[S, 2])),
     "sketch of another type": (fmt.SKETCH, _set(data_type="float64")),
+    "zstd in the sketch and not in weights": (fmt.SKETCH, _set(codecs=_WITH_ZSTD)),
+    "zstd in the steps": (fmt.STEP, _set(codecs=_WITH_ZSTD)),
     "loss of another kind": ("loss", lambda d: d["attributes"]["cmdgpu"].update(kind="weights")),
 }  # fmt: skip
 

@@ -16,9 +16,9 @@ from tests.faults.disk import Died, Disk
 from tests.verbs import STEPS, append, build_store, check_store_holds, open_xarray, tree_bytes
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return build_store(tmp_path / "run.zarr", [*STEPS, 30])
+@pytest.fixture(params=[False, True], ids=["plain", "zstd"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return build_store(tmp_path / "run.zarr", [*STEPS, 30], compressed=request.param)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
@@ -36,7 +36,8 @@ def test_a_rewound_store_is_the_store_that_was_never_that_long(store: Path, tmp_
     journal.rewind(STEPS[-1])
     append(journal, 40, loss=10.0)
     journal.close()
-    straight = build_store(tmp_path / "straight.zarr", [*STEPS, 40])
+    compressed = journal.view.is_compressed
+    straight = build_store(tmp_path / "straight.zarr", [*STEPS, 40], compressed=compressed)
     assert tree_bytes(store) == tree_bytes(straight)
 
 

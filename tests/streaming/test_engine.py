@@ -23,9 +23,9 @@ from cmdgpu.errors import CmdgpuWarning, MemoryLimitError, StoreCorrupt, WriteFa
 from cmdgpu.memory import parse_bytes
 from cmdgpu.notation import CONSTANT, NON_FINITE, UNWRITTEN, AnyArray
 from cmdgpu.results import Frame, MemoryWriter, UnitRows
-from cmdgpu.sources import StoreSource
+from cmdgpu.sources import READS_IN_FLIGHT, StoreSource
 from cmdgpu.statistics import UnitStatistics
-from cmdgpu.store import view
+from cmdgpu.store import view, zstd
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.streaming.direct import threads_for
 from cmdgpu.streaming.plan import WRITES_IN_FLIGHT
@@ -196,6 +196,52 @@ def test_stopped_and_resumed_equals_uninterrupted(stores: dict[int, Path], tmp_p
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole.zarr")
 
 
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory, W: AnyArray) -> Path:
+    path = tmp_path_factory.mktemp("compressed") / "rows-16384.zarr"
+    Trajectory.from_array(W, out=path, rows_per_chunk=16384, zstd=True)
+    return path
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_compressed_store_gives_the_same_bits_with_any_limit_and_any_threads(
+    stores: dict[int, Path], compressed: Path
+) -> None:
+    plain, source = Trajectory.open(stores[16384]), Trajectory.open(compressed)
+    assert source.stored_bytes < plain.stored_bytes
+    expected = fit_bits(fit(plain))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for limit in ("1GiB", smallest_limit(source)):
+            assert fit_bits(fit(source, limit=limit)) == expected
+
+
+@pytest.mark.usefixtures("unit_by_unit")
+def test_a_compressed_store_resumed_gives_the_bits_of_one_that_is_not(
+    stores: dict[int, Path], compressed: Path, tmp_path: Path
+) -> None:
+    source, out = Trajectory.open(compressed), tmp_path / "out.zarr"
+    with pytest.raises(Stopped):
+        CMD(n_modes=4, n_samples=300).fit(source, out=out, progress=StopAfter(3))
+    resumed = fit(source, out)
+    assert 0 < resumed.metrics_["units_resumed"] < 5
+    assert fit_bits(resumed) == fit_bits(fit(Trajectory.open(stores[16384])))
+    assert tree_bytes(out) == tree_bytes(fit(source, tmp_path / "whole.zarr").result.path or tmp_path / "?")
+
+
+def test_the_plan_of_a_compressed_store_counts_the_frames_in_flight(
+    stores: dict[int, Path], compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, source = Trajectory.open(stores[16384]), Trajectory.open(compressed)
+    cpu = torch.device("cpu")
+    assert threads_for(source.source, T, 4, cpu) == 0, "read in C++ as if it were not compressed"
+    assert bool(threads_for(plain.source, T, 4, cpu)) == DIRECT
+    take("slots", monkeypatch)
+    frames = READS_IN_FLIGHT * (zstd.bound(4 * ROWS) + 4 + zstd.DECODER_BYTES)
+    planned = [fit(traj).metrics_["planned_bytes"] for traj in (plain, source)]
+    assert planned[1] == planned[0] + frames
+
+
 @pytest.mark.parametrize("tail", [0, 1, 255])
 def test_a_last_unit_of_any_length_is_fitted_like_the_others(tmp_path: Path, tail: int) -> None:
     n = 3 * 256 + tail
@@ -211,10 +257,15 @@ def test_a_last_unit_of_any_length_is_fitted_like_the_others(tmp_path: Path, tai
 # ---- every byte once ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_compressed", [False, True])
 def test_every_chunk_is_read_once(
-    stores: dict[int, Path], monkeypatch: pytest.MonkeyPatch, route: str
+    stores: dict[int, Path],
+    compressed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    is_compressed: bool,
 ) -> None:
-    source = Trajectory.open(stores[16384]).sel(stride=2)
+    source = Trajectory.open(compressed if is_compressed else stores[16384]).sel(stride=2)
     read: list[str] = []
     inner_fit, inner_checked, inner_chunk = ops.fit_files, ops.files.read_checked, view.read_chunk
 
@@ -226,10 +277,10 @@ def test_every_chunk_is_read_once(
         read.extend(names)
         return inner_checked(directory, names, *rest)
 
-    def read_chunk(path: Path, *rest: Any) -> Any:
+    def read_chunk(path: Path, *rest: Any, **how: Any) -> Any:
         if path.parent.name == "weights":
             read.append(path.name)
-        return inner_chunk(path, *rest)
+        return inner_chunk(path, *rest, **how)
 
     monkeypatch.setattr(ops, "fit_files", fit_files)
     monkeypatch.setattr(ops.files, "read_checked", read_checked)
@@ -276,7 +327,7 @@ def test_a_callers_treatment_of_subnormals_changes_no_bit(tmp_path: Path) -> Non
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     take("direct", monkeypatch)
     source = StoreSource.__new__(StoreSource)
-    source.view = SimpleNamespace(dtype="float32")  # pyright: ignore[reportAttributeAccessIssue]
+    source.view = SimpleNamespace(dtype="float32", is_compressed=False)  # pyright: ignore[reportAttributeAccessIssue]
     cpu = torch.device("cpu")
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))  # pyright: ignore
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

@@ -44,7 +44,15 @@ CMD(n_modes=2).fit(Trajectory.open(Path(sys.argv[1])).sel(stop=3), out=out / "wa
 @pytest.fixture(scope="module")
 def half_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2,000,000 x 64 float32, 512 MB in chunks of 1 MiB, made a column at a time."""
-    path = tmp_path_factory.mktemp("memory") / "large.zarr"
+    return _half_gigabyte(tmp_path_factory.mktemp("memory") / "large.zarr")
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _half_gigabyte(tmp_path_factory.mktemp("memory") / "zstd.zarr", compressed=True)
+
+
+def _half_gigabyte(path: Path, *, compressed: bool = False) -> Path:
     rng = np.random.default_rng(0)
     profiles = np.cumsum(rng.standard_normal((T, 3)), axis=0).astype(np.float32)
     mode = rng.integers(3, size=N)
@@ -52,7 +60,9 @@ def half_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = 0.1 * rng.standard_normal(N + T, dtype=np.float32)
     layout = one_tensor(N)
     sketch = candidate_rows(layout)
-    journal = Journal.create(path, layout, dtype="float32", rows=ROWS, unit="step", sketch_rows=sketch)
+    journal = Journal.create(
+        path, layout, dtype="float32", rows=ROWS, unit="step", sketch_rows=sketch, compressed=compressed
+    )
     column = np.full(8 * ROWS, np.nan, dtype=np.float32)
     for t in range(T):
         column[:N] = slope * profiles[t, mode] + offset + noise[t : t + N]
@@ -67,8 +77,9 @@ def measured(script: str, store: Path, out: Path, *route: str) -> dict[str, Any]
     return json.loads(ended.out)
 
 
+@pytest.mark.parametrize("store", ["half_gigabyte", "compressed"])
 def test_fitting_half_a_gigabyte_in_a_quarter_stays_below_it_and_changes_no_bit(
-    half_gigabyte: Path, tmp_path: Path
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Measured above the process after its imports and tiny fits; the command measures itself, too."""
     script = f"""
@@ -81,7 +92,7 @@ print(json.dumps({{
     "bits": [fit_bits(CMD.load(out / "out.zarr")), fit_bits(roomy)],
 }}))
 """
-    found = measured(script, half_gigabyte, tmp_path, "slots")
+    found = measured(script, request.getfixturevalue(store), tmp_path, "slots")
     said = found["said"]
     print(f"peak {found['peak'] / 2**20:.0f} MiB, planned {said['planned_bytes'] / 2**20:.0f} MiB")
     assert 2 * ROWS * T * 4 < found["peak"] < LIMIT, "two slots are held, and no more than the limit"
