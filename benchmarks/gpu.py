@@ -42,6 +42,7 @@ MARGIN = 1e-5
 GPU_ALLOWANCE = 3e-6
 """Tensor cores truncate where the tolerances of the implementations were emulated with rounding."""
 _COPY_BYTES = 1 << 32
+_RIVAL_BYTES = 24 << 30
 _CUT = 16_384
 """Where a block may be cut in two without another bit, by every implementation's word."""
 
@@ -302,6 +303,31 @@ def copies(W: Tensor, clock: Clock) -> list[Timed]:
     ]
 
 
+def plain_torch(W_tb: Tensor, R_mt: F32) -> tuple[Callable[[], object], int]:
+    """The lines one writes, in float32 over as many rows as have room beside what they make; and how many."""
+    T, modes = W_tb.shape[0], len(R_mt)
+    rows = min(W_tb.shape[1], _RIVAL_BYTES // (4 * (2 * T + 2 * modes)))
+    references = kernels.prepare_references(R_mt)
+    z_mt = torch.tensor(references.z_mt, device=W_tb.device)
+    mean_m, rnorm_m = (
+        torch.tensor(values, dtype=torch.float32, device=W_tb.device)
+        for values in (references.mean_m, references.rnorm_m)
+    )
+
+    def work() -> object:
+        w = W_tb[:, :rows].float()
+        mean = w.mean(dim=0)
+        x = w - mean
+        d = z_mt @ x
+        mode = d.abs().argmax(dim=0)
+        best = d.gather(0, mode[None])[0]
+        ss: Tensor = (x * x).sum(dim=0)
+        a = best / rnorm_m[mode]
+        return mode.to(torch.int16), a, mean - a * mean_m[mode], best / torch.sqrt(ss), ss
+
+    return work, rows
+
+
 def resident(W_tb: Tensor, dtype: str, sizes: Sizes, device: torch.device, clock: Clock) -> list[Timed]:
     """The fused pass over a block that lies on the device, and the Gram matrix of the same block."""
     T, rows = W_tb.shape
@@ -324,6 +350,16 @@ def resident(W_tb: Tensor, dtype: str, sizes: Sizes, device: torch.device, clock
                     "device read",
                 )
             )
+        plain, fewer = plain_torch(W_tb, profiles(modes, T))
+        found.append(
+            Timed(
+                f"assign_and_fit T={T} N={rows} M={modes} {dtype}",
+                "plain torch" if fewer == rows else f"plain torch, {fewer} rows",
+                fewer * (T * W_tb.element_size() + OUTPUT_ROW_BYTES),
+                lambda work=plain: clock.on_device(work),
+                ceiling="device read",
+            )
+        )
     candidates, chosen = gram_accepting(dtype, T, device)
     found += [
         Timed(

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,7 +76,8 @@ class Candidate:
         if isinstance(self.launch, GramLaunch):
             return self.launch == GRAM[here]
         if isinstance(self.launch, TimeMajorLaunch):
-            return self.launch == ASSIGN_AND_FIT[self.dtype] and self.modes <= self.launch.most
+            chosen = ASSIGN_AND_FIT[self.dtype].choose(self.modes)
+            return chosen is not None and self.launch == replace(chosen, most=self.modes)
         if time_major and self.modes <= ASSIGN_AND_FIT[self.dtype].most:
             return False
         return self.launch == tiles_of(here, itemsize, time_major=time_major, references=self.modes)[0]
@@ -104,12 +105,10 @@ def candidates(kernel: str) -> Iterator[Candidate]:
 
 
 def _rows() -> Iterator[Candidate]:
-    for dtype, most in (("float32", (1, 2, 5, 8, 10, 16)), ("bfloat16", (1, 2, 5, 8, 10))):
-        shipped = ASSIGN_AND_FIT[dtype]
-        shapes = ((256, 2), (512, 4), (1024, 8), (256, 4), (512, 8))
-        for modes, (rows, warps), ring in product(most, shapes, (2, 4, 6, 8)):
-            launch = TimeMajorLaunch(rows, warps, ring, shipped.sweep, shipped.most)
-            yield Candidate("rows", dtype, "time-major", modes, launch)
+    shapes = ((256, 2), (512, 4), (1024, 8), (256, 4), (512, 8))
+    for dtype, modes in product(("float32", "bfloat16"), (1, 2, 5, 8, 10, 16, 24, 32)):
+        for (rows, warps), ring in product(shapes, (3, 4, 6, 8)):
+            yield Candidate("rows", dtype, "time-major", modes, TimeMajorLaunch(modes, rows, warps, ring))
 
 
 def _tiles() -> Iterator[Candidate]:
@@ -120,7 +119,9 @@ def _tiles() -> Iterator[Candidate]:
 
 
 def _gram() -> Iterator[Candidate]:
-    for (dtype, layout), rows, warps, stages in product(_BLOCKS, (32, 64, 128), (4, 8), (1, 2, 3)):
+    for (dtype, layout), rows, warps, stages in product(_BLOCKS, (32, 64, 128), (4, 8), range(1, 7)):
+        if warps == 4 and stages > 3:
+            continue
         yield Candidate("gram", dtype, layout, 0, GramLaunch(rows, warps, stages, GRAM[90].many))
 
 

@@ -65,12 +65,13 @@ def spread_pivot(corner, lane, live, ld, T: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def fill_ring(corner, lane, live, ld, T: tl.constexpr, RING: tl.constexpr, EVEN: tl.constexpr):
-    """The first RING snapshots as a tuple, a pointer to the next one, and how often that may still move."""
+def fill_ring(corner, lane, live, ld, SIZE: tl.constexpr, EVEN: tl.constexpr):
+    """SIZE snapshots on their way, as a tuple, and a pointer to the one after them."""
     w = ()
-    for k in tl.static_range(RING):
-        w = w + (load_rows(corner + min(k, T - 1) * ld, lane, live, EVEN),)
-    return w, corner + min(RING, T - 1) * ld, tl.full([], max(T - 1 - RING, 0), tl.int32)
+    for _ in tl.static_range(SIZE):
+        w = w + (load_rows(corner, lane, live, EVEN),)
+        corner += ld
+    return w, corner
 
 
 @triton.jit
@@ -81,21 +82,20 @@ def _turn_ring(
     live,
     pivot,
     ld,
-    STEPS: tl.constexpr,  # at most as many as the ring holds
+    STEPS: tl.constexpr,
+    LOADS: tl.constexpr,  # of these steps, how many ask for another snapshot
     COUNT: tl.constexpr,
-    STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Add the ring's first STEPS snapshots to the sums; each makes room for the next one to come."""
-    w, coming, left, z = ring
+    """Add the ring's first STEPS snapshots to the sums; each leaves its place to the next one to come."""
+    w, coming, z = ring
     s1, s2, d = sums
     loaded = ()
     for k in tl.static_range(STEPS):
         x = w[k] - pivot
-        # At the end the last snapshot is read again: from a cache, and for nobody.
-        loaded = loaded + (load_rows(coming, lane, live, EVEN),)
-        coming += tl.minimum(left, 1) * ld
-        left = tl.maximum(left - 1, 0)
+        if k < LOADS:
+            loaded = loaded + (load_rows(coming, lane, live, EVEN),)
+            coming += ld
         s1 += x
         s2 = tl.fma(x, x, s2)
         longer = ()
@@ -103,8 +103,8 @@ def _turn_ring(
             # A uniform scalar load: no shared memory, no barrier.
             longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
         d = longer
-        z += STRIDE
-    return (w[STEPS:] + loaded, coming, left, z), (s1, s2, d)
+        z += COUNT
+    return (w[STEPS:] + loaded, coming, z), (s1, s2, d)
 
 
 @triton.jit
@@ -116,19 +116,34 @@ def sum_partial(
     pivot,
     ld,
     STEPS: tl.constexpr,
-    COUNT: tl.constexpr,  # references of this sweep
-    STRIDE: tl.constexpr,  # references of all sweeps: a row of Z_tm
-    BLOCK_N: tl.constexpr,
+    LOADS: tl.constexpr,  # of these steps, how many have a snapshot RING after them
     RING: tl.constexpr,
+    COUNT: tl.constexpr,  # references
+    BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the ring after them."""
     none = tl.zeros([BLOCK_N], tl.float32)
     sums = (none, none, d)
-    for _ in tl.range(0, STEPS // RING):
-        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, COUNT, STRIDE, EVEN)
-    if STEPS % RING != 0:
-        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, STEPS % RING, COUNT, STRIDE, EVEN)
+    # The body of a loop is compiled even where it never runs, and at the end the ring holds less than a turn.
+    if LOADS >= RING:
+        for _ in tl.range(0, LOADS // RING):
+            ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, RING, COUNT, EVEN)
+    # What is left is unrolled: no turn asks at run time whether there is a snapshot to come.
+    DONE: tl.constexpr = LOADS // RING * RING
+    for k in tl.static_range((STEPS - DONE + RING - 1) // RING):
+        ring, sums = _turn_ring(
+            ring,
+            sums,
+            lane,
+            live,
+            pivot,
+            ld,
+            min(RING, STEPS - DONE - k * RING),
+            max(0, min(RING, LOADS - DONE - k * RING)),
+            COUNT,
+            EVEN,
+        )
     return ring, sums
 
 

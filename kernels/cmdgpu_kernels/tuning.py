@@ -14,16 +14,20 @@ therefore depends on the architecture, the layout, the element type and the numb
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+from cmdgpu_kernels.limits import SEGMENT
 
 __all__ = [
     "ASSIGN_AND_FIT",
     "GRAM",
+    "GRAM_CAREFUL",
     "SHARED_BYTES",
     "GramLaunch",
     "TileLaunch",
     "TimeMajorLaunch",
+    "TimeMajorTable",
     "architecture",
     "tiles_of",
 ]
@@ -42,34 +46,41 @@ def architecture(capability: tuple[int, int]) -> int:
 class TimeMajorLaunch:
     """How the time-major kernel is cut."""
 
+    most: int
+    """References it is for."""
     block_rows: int
-    """Rows of a program: 16 bytes of one snapshot per thread and load."""
+    """Rows of a program."""
     warps: int
     ring: int
     """Snapshots in flight while one is added up: the latency of memory is long."""
-    sweep: int
-    """Most references of one sweep over the snapshots; more are taken in further sweeps.
+    registers: int | None = None
+    """Most of a thread, where the compiler would take more and leave fewer programs on a core."""
 
-    Every row of a thread holds two registers per reference, a total and a partial.
-    """
-    most: int
-    """Most references before tiles on tensor cores issue fewer instructions."""
-
-    def sweeps(self, references: int) -> tuple[int, int]:
-        """Number of sweeps and references of each; the last one may hold a few too many."""
-        sweeps = -(-references // self.sweep)
-        return sweeps, -(-references // sweeps)
+    def registers_of(self, snapshots: int) -> int | None:
+        """Totals of several segments need room of their own."""
+        return self.registers if snapshots <= SEGMENT else None
 
 
-ASSIGN_AND_FIT: Mapping[str, TimeMajorLaunch] = MappingProxyType(
+@dataclass(frozen=True)
+class TimeMajorTable:
+    """Launches for one element type, by ascending number of references; tiles are for more of them."""
+
+    launches: tuple[TimeMajorLaunch, ...]
+
+    @property
+    def most(self) -> int:
+        return self.launches[-1].most
+
+    def choose(self, references: int) -> TimeMajorLaunch | None:
+        """None where tiles are the better way."""
+        return next((launch for launch in self.launches if references <= launch.most), None)
+
+
+ASSIGN_AND_FIT: Mapping[str, TimeMajorTable] = MappingProxyType(
     {
-        # 4 rows a thread: 16 references fit the register file without a spill. Issue 89 ms at 16, about what
-        # reading takes; at 17 there are two sweeps and 170 ms, against 113 ms for tiles.
-        "float32": TimeMajorLaunch(block_rows=512, warps=4, ring=4, sweep=16, most=16),
-        # 8 rows a thread for the same 16-byte loads: 6 references would spill at T = 1000. Issue 73 ms at 10
-        # in two sweeps, 109 ms and three readings at 11, against 116 ms and one for tiles.
-        "float16": TimeMajorLaunch(block_rows=1024, warps=4, ring=4, sweep=5, most=10),
-        "bfloat16": TimeMajorLaunch(block_rows=1024, warps=4, ring=4, sweep=5, most=10),
+        "float32": TimeMajorTable((TimeMajorLaunch(16, 256, 4, 8),)),
+        "float16": TimeMajorTable((TimeMajorLaunch(10, 512, 4, 8),)),
+        "bfloat16": TimeMajorTable((TimeMajorLaunch(10, 512, 4, 8),)),
     }
 )
 
@@ -158,8 +169,23 @@ class GramLaunch:
         tile = 64 if snapshots <= 64 else 128 if snapshots <= 128 else self.many
         return tile, -(-snapshots // tile)
 
+    def halved(self, snapshots: int) -> GramLaunch:
+        """With half the rows where a product takes two tiles of 128 snapshots: they would leave registers."""
+        tile, tiles = self.tiles(snapshots)
+        return replace(self, block_rows=self.block_rows // 2) if tile == 128 and tiles > 1 else self
+
 
 GRAM: Mapping[int, GramLaunch] = MappingProxyType(
+    {
+        # 66 KB. A third stage spills bfloat16 with 64 snapshots.
+        80: GramLaunch(block_rows=32, warps=8, stages=2, many=64),
+        # 148 KB and 232 registers, one program per core; two blocks arrive during a product. On an H200 128
+        # rows in 3 stages read 7 % faster, but spill where Triton is 3.6; 4 or 16 warps are far slower.
+        90: GramLaunch(block_rows=64, warps=8, stages=4, many=128),
+    }
+)
+
+GRAM_CAREFUL: Mapping[int, GramLaunch] = MappingProxyType(
     {
         # Tiles of 128 by 128 spill where there are several; 65 KB where there is one.
         80: GramLaunch(block_rows=32, warps=8, stages=2, many=64),
@@ -168,3 +194,4 @@ GRAM: Mapping[int, GramLaunch] = MappingProxyType(
         90: GramLaunch(block_rows=64, warps=8, stages=2, many=128),
     }
 )
+"""For granules that must be computed with care. Tiles are those of ``GRAM``: both write one sum."""

@@ -26,9 +26,9 @@ import triton
 from cmdgpu_kernels.assignment.triton_kernel import assign_and_fit_kernel
 from cmdgpu_kernels.assignment.triton_tile_kernel import assign_and_fit_tile_kernel
 from cmdgpu_kernels.gram.sums import GRANULE
-from cmdgpu_kernels.gram.triton_kernel import add_granules_kernel, gram_kernel
+from cmdgpu_kernels.gram.triton_kernel import add_granules_kernel, careful_kernel, gram_kernel
 from cmdgpu_kernels.limits import PARTIAL, SEGMENT
-from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, GRAM, tiles_of
+from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, GRAM, GRAM_CAREFUL, tiles_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -55,8 +55,8 @@ class Launch:
 
 def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str]) -> Launch:
     """``assign_and_fit`` with one thread for whole rows."""
-    launch = ASSIGN_AND_FIT[dtype]
-    sweeps, count = launch.sweeps(modes)
+    launch = ASSIGN_AND_FIT[dtype].choose(modes)
+    assert launch is not None, "tiles are for so many references"
     return Launch(
         assign_and_fit_kernel,
         {
@@ -72,14 +72,13 @@ def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
             "T": snapshots,
             "SEGMENT": SEGMENT,
             "PARTIAL": PARTIAL,
-            "SWEEPS": sweeps,
-            "COUNT": count,
+            "COUNT": modes,
             "BLOCK_N": launch.block_rows,
             "RING": launch.ring,
             "EVEN": "even" in flags,
             "MARGIN": "margin" in flags,
         },
-        {"num_warps": launch.warps},
+        {"num_warps": launch.warps, "maxnreg": launch.registers_of(snapshots)},
     )
 
 
@@ -120,20 +119,17 @@ def tiles(capability: int, dtype: str, snapshots: int, modes: int, flags: set[st
 
 
 def gram(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str]) -> Launch:
-    """``gram_matrix``: a granule by itself."""
-    launch = GRAM[capability]
+    """``gram_matrix``: a granule by itself; as fast as it goes, or with care."""
+    careful = "careful" in flags
+    launch = GRAM_CAREFUL[capability] if careful else GRAM[capability].halved(snapshots)
     tile, count = launch.tiles(snapshots)
     time_major = "row-major" not in flags
+    pointers = (
+        {"which_k": "*i64", "counted_n": "*i8", "left_out_k": "*i32"} if careful else {"flag_gi": "*i32"}
+    )
     return Launch(
-        gram_kernel,
-        {
-            "W": f"*{ELEMENT[dtype]}",
-            "counted_n": "*i8",
-            "S_gtt": "*fp32",
-            "left_out_g": "*i32",
-            "N": "i64",
-            "ld": "i64",
-        },
+        careful_kernel if careful else gram_kernel,
+        {"W": f"*{ELEMENT[dtype]}", "S_gtt": "*fp32", **pointers, "N": "i64", "ld": "i64"},
         {
             "LD": 0 if time_major else row_stride(dtype, snapshots),
             "T": snapshots,
@@ -162,7 +158,10 @@ KERNELS = {function.__name__: function for function in (rows, tiles, gram, granu
 
 
 def compiled(target: str, description: str) -> Any:
-    """Compile one variant: kernel:dtype:T:M[:even|ragged][:margin][:time-major|row-major][:odd-N|odd-W]."""
+    """Compile one variant: kernel:dtype:T:M[:even|ragged][:margin][:time-major|row-major][:odd-N|odd-W].
+
+    gram also takes careful.
+    """
     kernel, dtype, snapshots, modes, *flags = description.split(":")
     amd = not target.isdigit()
     # AMD's 64 KB of shared memory take the smaller tiles.
@@ -199,6 +198,8 @@ def on_nvidia(capability: str, description: str) -> dict[str, Any]:
         "shared": result.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shuffles": len(re.findall(r"\bSHFL\b", code)),
+        "barriers": len(re.findall(r"\bBAR\.SYNC\b", code)),
+        "loads_8_bytes": sum(".64" in load or ".128" in load for load in loads),
         "loads_16_bytes": sum(".128" in load for load in loads),
         "loads": sorted(set(loads)),
         "hopper_products": len(re.findall(r"\bHGMMA\b", code)),

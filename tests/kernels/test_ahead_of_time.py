@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cmdgpu_kernels.tuning import SHARED_BYTES
+from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, SHARED_BYTES
 
 PROGRAM = Path(__file__).with_name("ahead_of_time.py")
+# Every entry of the launch table, with the most references it is for; short and long rows, several segments.
 ROWS = [
-    f"rows:{dtype}:{snapshots}:{modes}:{shape}"
-    for dtype in ("float32", "bfloat16", "float16")
-    for snapshots, modes, shape in (
-        (100, 1, "even"),
-        (100, 10, "even"),
-        (100, 16, "even"),
-        (61, 10, "even"),
-        (100, 10, "ragged"),
-        (1000, 5, "ragged:margin"),
-        (1000, 16, "margin:even"),
+    f"rows:{dtype}:{snapshots}:{launch.most}:{shape}"
+    for dtype, table in ASSIGN_AND_FIT.items()
+    for launch in table.launches
+    for snapshots, shape in (
+        (3, "even"),
+        (100, "even"),
+        (100, "ragged:margin"),
+        (257, "even"),
+        (1000, "ragged:margin"),
     )
 ]
 # Every entry of the launch table: one sweep of 16, 32, 64 references, several sweeps; both layouts and sizes.
@@ -47,10 +47,11 @@ MODULES_OF_KERNELS = [
     "cmdgpu_kernels.gram.triton_kernel",
 ]
 GRAMS = [
-    f"gram:{dtype}:{snapshots}:0:{layout}"
+    f"gram:{dtype}:{snapshots}:0:{layout}{care}"
     for dtype in ("float32", "bfloat16")
     for layout in ("time-major", "row-major")
     for snapshots in (50, 100, 200)
+    for care in ("", ":careful")
 ]
 
 
@@ -75,17 +76,18 @@ def in_registers(one: dict[str, Any]) -> bool:
     return one["spills"] == one["stack"] == one["local"] == 0
 
 
-def test_every_shipped_variant_fits_a_hopper_without_spills_and_reads_sixteen_bytes() -> None:
+def test_every_shipped_variant_fits_a_hopper_without_spills_and_reads_wide() -> None:
     for one in compiled("90", ROWS):
         assert in_registers(one), one
-        assert one["shuffles"] == 0 and one["shared"] <= SHARED_BYTES[90], one
+        # No row is shared by lanes, and no pointer changes its layout on the way.
+        assert one["shuffles"] == 0 and one["barriers"] == 0, one
         if one["variant"].endswith("even"):
-            assert one["loads_16_bytes"] >= 4, one
+            assert one["loads_8_bytes"] >= 3, one
 
 
 def test_it_compiles_for_ampere_too() -> None:
     (found,) = compiled("80", ["rows:float32:100:10:even"])
-    assert found["spills"] == 0 and found["loads_16_bytes"] >= 4, found
+    assert found["spills"] == 0 and found["loads_8_bytes"] >= 4, found
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from cmdgpu_kernels import Gram, NoKernelError, gram_matrix_reference
-from cmdgpu_kernels.gram import GRANULE, IMPLEMENTATIONS
+from cmdgpu_kernels.gram import GRANULE, IMPLEMENTATIONS, triton_impl
+from cmdgpu_kernels.gram.sums import LARGEST_SIZE
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -113,6 +115,137 @@ def test_blocks_cut_at_granules_and_added_give_the_bits_of_one_call(name: str) -
     same(whole, granules[0] + (granules[1] + granules[2]))
     assert whole.left_out == 1
     check(W, whole, TOLERANCE[name]["float32"])
+
+
+LARGEST = LARGEST_SIZE**0.5
+ONE_VALUE = {"nan": np.nan, "inf": -np.inf, "1e34": 1e34, "3e38": 3e38, "too-large": 1.01 * LARGEST}
+
+
+def _one(value: float) -> Callable[[Tensor], None]:
+    def spoil(W_tb: Tensor) -> None:
+        W_tb[2, 500] = value
+
+    return spoil
+
+
+def _large_trace(W_tb: Tensor) -> None:
+    W_tb[:, 100:300] *= 0.1 * LARGEST
+
+
+def _scaled(first: float, rest: float) -> Callable[[Tensor], None]:
+    def spoil(W_tb: Tensor) -> None:
+        W_tb[:, :128] *= first
+        W_tb[:, 128:] *= rest
+
+    return spoil
+
+
+def _starts_still(W_tb: Tensor) -> None:
+    W_tb[3, :128] = W_tb[0, :128]
+
+
+# What float16 does not hold, or rows that may not count.
+TO_BE_CAREFUL: dict[str, Callable[[Tensor], None]] = {
+    **{name: _one(value) for name, value in ONE_VALUE.items()},
+    "large-trace": _large_trace,
+    "large-from-the-start": _scaled(0.3 * LARGEST, 0.3 * LARGEST),
+    "tiny-then-large": _scaled(2.0**-30, 1.0),
+    "starts-still": _starts_still,
+}
+
+
+def _still(W_tb: Tensor) -> None:
+    W_tb[3] = W_tb[0]
+
+
+def _zeros(W_tb: Tensor) -> None:
+    W_tb[0] = 0.0
+
+
+def _apart(W_tb: Tensor) -> None:
+    W_tb[0] = 1e-14
+    W_tb *= torch.tensor([1.0, 1e9, 1e-12, 1e3, 1e-6])[:, None]
+
+
+def _repeated(W_tb: Tensor) -> None:
+    W_tb[:] = W_tb[:, :1].clone()
+
+
+TO_BE_FAST: dict[str, Callable[[Tensor], None]] = {
+    "large-then-tiny": _scaled(1.0, 2.0**-30),
+    "still": _still,
+    "zeros": _zeros,
+    "apart": _apart,
+    "repeated": _repeated,
+    "1e16": _scaled(1e13, 1e13),
+    "1e-15": _scaled(1e-15, 1e-15),
+}
+
+
+@pytest.fixture
+def careful(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The granules that Triton computed with care, in turn."""
+    found: list[int] = []
+    multiply = triton_impl._multiply_carefully  # pyright: ignore[reportPrivateUsage]
+
+    def recorded(W_tb: Tensor, launch: triton_impl.GramLaunch, S_gtt: Tensor, which_k: Tensor) -> int:
+        found.extend(int(granule) for granule in which_k)
+        return multiply(W_tb, launch, S_gtt, which_k)
+
+    monkeypatch.setattr(triton_impl, "_multiply_carefully", recorded)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("snapshots", [5, 130])
+@pytest.mark.parametrize("case", TO_BE_CAREFUL)
+def test_rows_that_a_fast_product_does_not_hold_are_multiplied_with_care(
+    name: str, snapshots: int, case: str, careful: list[int]
+) -> None:
+    # The interpreter is slow: several tiles are seen on one granule that is not full.
+    rows, spoilt = (2 * GRANULE + 40, slice(GRANULE, 2 * GRANULE)) if snapshots == 5 else (700, slice(None))
+    W = walks(snapshots, rows)
+    TO_BE_CAREFUL[case](W[:, spoilt])
+    with np.errstate(all="ignore"):
+        got = gram_matrix(W, implementation=name)
+    check(W, got, TOLERANCE[name]["float32"])
+    if name.startswith("triton"):
+        assert careful == [1 if snapshots == 5 else 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", TO_BE_FAST)
+def test_rows_that_a_fast_product_holds_are_multiplied_fast(name: str, case: str, careful: list[int]) -> None:
+    # No more rows: what float32 loses of thousands of equal ones is no matter of the product.
+    W = walks(5, 2000)
+    TO_BE_FAST[case](W)
+    check(W, gram_matrix(W, implementation=name), TOLERANCE[name]["float32"])
+    assert careful == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("value", "found"), [(1.0, [0]), (1.5, [])])
+def test_so_few_squares_that_float16_may_not_resolve_them_are_computed_with_care(
+    name: str, value: float, found: list[int], careful: list[int]
+) -> None:
+    W = torch.tensor([[value], [value * 2]])
+    check(W, gram_matrix(W, implementation=name), TOLERANCE[name]["float32"])
+    assert careful == (found if name.startswith("triton") else [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_care_for_some_granules_leaves_the_bits_of_every_cut(name: str) -> None:
+    W = walks(4, 2 * GRANULE + 900) * scales(2 * GRANULE + 900)
+    TO_BE_CAREFUL["tiny-then-large"](W[:, GRANULE : 2 * GRANULE])
+    W[2, 2 * GRANULE + 7] = torch.nan
+    with np.errstate(all="ignore"):
+        whole = gram_matrix(W, implementation=name)
+        for cuts in ([0, 1, 2, 3], [0, 2, 3], [0, 1, 3]):
+            ends = [min(cut * GRANULE, W.shape[1]) for cut in cuts]
+            first, *others = [gram_matrix(W[:, a:b], implementation=name) for a, b in pairwise(ends)]
+            same(whole, sum(others, first))
+    check(W, whole, TOLERANCE[name]["float32"])
+    assert whole.left_out == 1
 
 
 def test_no_number_of_threads_changes_a_bit() -> None:

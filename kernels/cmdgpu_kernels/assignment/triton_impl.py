@@ -81,11 +81,11 @@ def run(W_tb: Tensor, references: References, *, margin: bool = False, threads: 
     fit = RowFit.empty(W_tb.shape[1], W_tb.device, margin=margin)
     row_major = W_tb.stride(0) == 1 and W_tb.stride(1) != 1
     distinct = len(references.distinct)
-    streamed = ASSIGN_AND_FIT[str(W_tb.dtype).removeprefix("torch.")]
+    by_rows = ASSIGN_AND_FIT[str(W_tb.dtype).removeprefix("torch.")].choose(distinct)
     with _on(W_tb.device):
-        if not row_major and distinct <= streamed.most:
-            for block_tb, here in _parts(W_tb, streamed.block_rows, padded=False):
-                launch_rows(block_tb, references, streamed, fit, here)
+        if not row_major and by_rows is not None:
+            for block_tb, here in _parts(W_tb, by_rows.block_rows, padded=False):
+                launch_rows(block_tb, references, by_rows, fit, here)
             return fit
         tiles, sweeps = tiles_of(
             _architecture(W_tb.device),
@@ -152,23 +152,23 @@ def launch_rows(
 ) -> None:
     """Fit the rows of a time-major W_tb into the outputs ``here``."""
     snapshots, rows = W_tb.shape
-    sweeps, count = launch.sweeps(len(references.distinct))
+    count = len(references.distinct)
     KERNELS.assign_and_fit_kernel[(-(-rows // launch.block_rows),)](
         W_tb,
-        *_packed(references, sweeps * count, W_tb.device),
+        *_packed(references, count, W_tb.device),
         *_outputs(fit, here),
         rows,
         W_tb.stride(0),
         T=snapshots,
         SEGMENT=SEGMENT,
         PARTIAL=PARTIAL,
-        SWEEPS=sweeps,
         COUNT=count,
         BLOCK_N=launch.block_rows,
         RING=launch.ring,
         EVEN=rows % launch.block_rows == 0,
         MARGIN=fit.margin is not None,
         num_warps=launch.warps,
+        maxnreg=launch.registers_of(snapshots),
     )
 
 

@@ -26,10 +26,10 @@ def _add_partial(
     live,
     ld,
     STEPS: tl.constexpr,
-    COUNT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LOADS: tl.constexpr,
     RING: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Add STEPS snapshots to the sums, then move the pivot to their mean."""
@@ -38,41 +38,18 @@ def _add_partial(
     for i in tl.static_range(COUNT):
         # What the last step of the pivot takes out of this and all later partials.
         moved_d = moved_d + (tl.fma(step, tl.load(tail + i), d[i]),)
-    ring, sums = sum_partial(ring, moved_d, lane, live, pivot, ld, STEPS, COUNT, STRIDE, BLOCK_N, RING, EVEN)
+    ring, sums = sum_partial(ring, moved_d, lane, live, pivot, ld, STEPS, LOADS, RING, COUNT, BLOCK_N, EVEN)
     s1, s2, d = sums
     mean, ss, mean_x = merge_moments(s1, s2, seen, mean, ss, STEPS)
     moved = pivot + mean_x
     # The step that is taken, which rounding makes another than the one that is meant.
     step = moved - pivot
-    return ring, tail + STRIDE, seen + STEPS, moved, step, mean - step, ss, d
-
-
-@triton.jit
-def _add_segment(
-    state,
-    lane,
-    live,
-    ld,
-    STEPS: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    COUNT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RING: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Add STEPS snapshots to the sums, in partials."""
-    for _ in tl.range(0, STEPS // PARTIAL):
-        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
-    if STEPS % PARTIAL != 0:
-        state = _add_partial(state, lane, live, ld, STEPS % PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
-    return state
+    return ring, tail + COUNT, seen + STEPS, moved, step, mean - step, ss, d
 
 
 @triton.jit
 def _sum_all(
-    corner,
-    z,
+    ring,
     tail,
     lane,
     live,
@@ -81,10 +58,9 @@ def _sum_all(
     T: tl.constexpr,
     SEGMENT: tl.constexpr,
     PARTIAL: tl.constexpr,
-    COUNT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     RING: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Mean, centred sum of squares and d over all T snapshots.
@@ -94,28 +70,47 @@ def _sum_all(
     """
     none = tl.zeros([BLOCK_N], tl.float32)
     d = zeros(COUNT, BLOCK_N)
-    w, coming, left = fill_ring(corner, lane, live, ld, T, RING, EVEN)
-    state = ((w, coming, left, z), tail, 0.0, pivot, none, none, none, d)
-    for _ in tl.range(0, T // SEGMENT if T > SEGMENT else 0):
-        state = _add_segment(state, lane, live, ld, SEGMENT, PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
+    state = (ring, tail, 0.0, pivot, none, none, none, d)
+    # A segment is followed by more snapshots than the ring holds: none of them asks whether there is another.
+    SEGMENTS: tl.constexpr = (T - RING) // SEGMENT if T > SEGMENT else 0
+    if SEGMENTS > 0:
+        for _ in tl.range(0, SEGMENTS):
+            for _ in tl.range(0, SEGMENT // PARTIAL):
+                state = _add_partial(state, lane, live, ld, PARTIAL, PARTIAL, RING, COUNT, BLOCK_N, EVEN)
+            total = ()
+            for i in tl.static_range(COUNT):
+                total = total + (d[i] + state[7][i],)
+            d = total
+            state = state[:7] + (zeros(COUNT, BLOCK_N),)
+    REST: tl.constexpr = T - SEGMENTS * SEGMENT
+    for c in tl.static_range((REST + PARTIAL - 1) // PARTIAL):
+        state = _add_partial(
+            state,
+            lane,
+            live,
+            ld,
+            min(PARTIAL, REST - c * PARTIAL),
+            max(0, min(PARTIAL, REST - c * PARTIAL - RING)),
+            RING,
+            COUNT,
+            BLOCK_N,
+            EVEN,
+        )
+    if SEGMENTS > 0:
         total = ()
         for i in tl.static_range(COUNT):
             total = total + (d[i] + state[7][i],)
         d = total
-        state = state[:7] + (zeros(COUNT, BLOCK_N),)
-    REST: tl.constexpr = T if T <= SEGMENT else T % SEGMENT
-    state = _add_segment(state, lane, live, ld, REST, PARTIAL, COUNT, STRIDE, BLOCK_N, RING, EVEN)
-    total = ()
-    for i in tl.static_range(COUNT):
-        total = total + (d[i] + state[7][i],)
-    return state[3] + state[5], state[6], total
+    else:
+        d = state[7]
+    return state[3] + state[5], state[6], d
 
 
 @triton.jit
 def assign_and_fit_kernel(
     W_tb,  # IN  (T, N)  a snapshot is contiguous; float32, float16 or bfloat16
-    Z_tm,  # IN  (T, SWEEPS * COUNT)  float32, distinct references, centred, unit norm; padded with 0
-    tail_cm,  # IN  (partials, SWEEPS * COUNT)  float32, sums of Z_tm from each partial on
+    Z_tm,  # IN  (T, COUNT)  float32, distinct references, centred, unit norm
+    tail_cm,  # IN  (partials, COUNT)  float32, sums of Z_tm from each partial on
     index_m,  # IN  (M,)    int32   the caller's number of each distinct reference
     mean_m,  # IN  (M,)    float32 mean of the raw reference
     rnorm_inv_m,  # IN  (M,)    float32 1 / |r - mean(r)|
@@ -130,8 +125,7 @@ def assign_and_fit_kernel(
     T: tl.constexpr,
     SEGMENT: tl.constexpr,
     PARTIAL: tl.constexpr,
-    SWEEPS: tl.constexpr,  # passes over the snapshots
-    COUNT: tl.constexpr,  # references of one of them
+    COUNT: tl.constexpr,  # references
     BLOCK_N: tl.constexpr,
     RING: tl.constexpr,
     EVEN: tl.constexpr,  # N is a multiple of BLOCK_N
@@ -141,43 +135,26 @@ def assign_and_fit_kernel(
     lane = tl.arange(0, BLOCK_N)
     live = lane < N - start
     corner = W_tb + start
+    # The ring first: it is on its way while the pivot is waited for.
+    w, coming = fill_ring(corner, lane, live, ld, min(RING, T), EVEN)
     pivot = spread_pivot(corner, lane, live, ld, T, EVEN)
-
-    mean = tl.zeros([BLOCK_N], tl.float32)
-    ss = tl.zeros([BLOCK_N], tl.float32)
+    ring = (w, coming, Z_tm)
+    mean, ss, d = _sum_all(
+        ring, tail_cm, lane, live, pivot, ld, T, SEGMENT, PARTIAL, RING, COUNT, BLOCK_N, EVEN
+    )
     best = tl.zeros([BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_N], tl.float32)
     d_best = tl.zeros([BLOCK_N], tl.float32)
     winner = tl.zeros([BLOCK_N], tl.int32)
-    # A loop at run time: unrolled, the sweeps are interleaved and spill.
-    for sweep in tl.range(0, SWEEPS):
-        first = sweep * COUNT
-        mean, ss, d = _sum_all(
-            corner,
-            Z_tm + first,
-            tail_cm + first,
-            lane,
-            live,
-            pivot,
-            ld,
-            T,
-            SEGMENT,
-            PARTIAL,
-            COUNT,
-            COUNT * SWEEPS,
-            BLOCK_N,
-            RING,
-            EVEN,
-        )
-        for i in tl.static_range(COUNT):
-            # Ascending and strictly greater: the lowest index wins a tie, and padding, d = 0, never does.
-            size = tl.abs(d[i])
-            better = size > best
-            if MARGIN:
-                second = tl.maximum(second, tl.minimum(size, best))
-            d_best = tl.where(better, d[i], d_best)
-            winner = tl.where(better, first + i, winner)
-            best = tl.where(better, size, best)
+    for i in tl.static_range(COUNT):
+        # Ascending and strictly greater: the lowest index wins a tie.
+        size = tl.abs(d[i])
+        better = size > best
+        if MARGIN:
+            second = tl.maximum(second, tl.minimum(size, best))
+        d_best = tl.where(better, d[i], d_best)
+        winner = tl.where(better, i, winner)
+        best = tl.where(better, size, best)
 
     store_fit(
         winner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cmdgpu_kernels.dispatch import Problem
 from cmdgpu_kernels.gram.sums import GRANULE, Gram
-from cmdgpu_kernels.tuning import GRAM, GramLaunch, architecture
+from cmdgpu_kernels.tuning import GRAM, GRAM_CAREFUL, GramLaunch, architecture
 
 __all__ = ["TOLERANCE", "multiply", "refusals", "refusals_interpreted", "run"]
 
@@ -34,6 +35,8 @@ PRODUCTS_BYTES = 128 * 2**20
 
 MARKED_ROWS = 256
 """Rows of a program that looks for rows to leave out."""
+
+MOST_ROWS = max(launch.block_rows for launch in (*GRAM.values(), *GRAM_CAREFUL.values()))
 
 DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
@@ -66,8 +69,7 @@ def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
     """Sum the rows of W_tb, (T, B) with any strides. ``threads`` means nothing here."""
     snapshots, rows = W_tb.shape
     device = W_tb.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    launch = GRAM[architecture(capability)]
+    launch = GRAM[_architecture(device)]
     tile, tiles = launch.tiles(snapshots)
     width = tile * tiles
     at_once = max(PRODUCTS_BYTES // (4 * width * width), 1)
@@ -81,7 +83,7 @@ def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
             block_tb = W_tb[:, first : first + at_once * GRANULE]
             step_t, step_n = block_tb.stride()
             # Rows of a product are addressed by 32 bits.
-            if step_n != 1 and (step_t != 1 or step_n * launch.block_rows >= 2**31):
+            if step_n != 1 and (step_t != 1 or step_n * MOST_ROWS >= 2**31):
                 block_tb = block_tb.contiguous()
             left_out += multiply(block_tb, launch, S_gtt)
             KERNELS.add_granules_kernel[(width * width // 256,)](
@@ -89,6 +91,11 @@ def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
             )
     high, rest = (part[:snapshots, :snapshots].cpu().numpy().copy() for part in (high_tt, rest_tt))
     return Gram.unpacked(high, rest, left_out)
+
+
+def _architecture(device: torch.device) -> int:
+    # The interpreter takes the launch with the fewest turns.
+    return architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else max(GRAM)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -99,32 +106,57 @@ def multiply(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor) -> int:
     """Products of the granules of a block into the first of ``S_gtt``; the rows left out of them."""
     snapshots, rows = W_tb.shape
     granules = -(-rows // GRANULE)
-    time_major = W_tb.stride(1) == 1
-    tile, tiles = launch.tiles(snapshots)
-    left_out_g = torch.zeros(granules, dtype=torch.int32, device=W_tb.device)
-    counted_n = torch.empty(rows if tiles > 1 else 1, dtype=torch.int8, device=W_tb.device)
+    _, tiles = launch.tiles(snapshots)
+    flag_gi = torch.empty(granules, tiles, dtype=torch.int32, device=W_tb.device)
+    KERNELS.gram_kernel[(granules, tiles, tiles)](
+        W_tb, S_gtt, flag_gi, rows, **_cut(W_tb, launch.halved(snapshots))
+    )
+    # The device is waited for here: what comes next depends on the rows.
+    which_k = flag_gi.any(dim=1).nonzero().flatten()
+    return _multiply_carefully(W_tb, launch, S_gtt, which_k) if len(which_k) else 0
+
+
+def _multiply_carefully(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor, which_k: Tensor) -> int:
+    """The same for some of the granules, with each of their rows looked at."""
+    snapshots, rows = W_tb.shape
+    _, tiles = launch.tiles(snapshots)
+    launch = replace(GRAM_CAREFUL[_architecture(W_tb.device)], many=launch.many)
+    left_out_k = torch.zeros(len(which_k), dtype=torch.int32, device=W_tb.device)
+    counted_n = torch.ones(rows if tiles > 1 else 1, dtype=torch.int8, device=W_tb.device)
     if tiles > 1:
         # No program sees a whole row.
-        KERNELS.mark_rows_kernel[(-(-rows // MARKED_ROWS),)](
-            W_tb, counted_n, rows, W_tb.stride(0), W_tb.stride(1), T=snapshots, BLOCK_N=MARKED_ROWS
+        KERNELS.mark_rows_kernel[(len(which_k), GRANULE // MARKED_ROWS)](
+            W_tb,
+            which_k,
+            counted_n,
+            rows,
+            W_tb.stride(0),
+            W_tb.stride(1),
+            T=snapshots,
+            GRANULE=GRANULE,
+            BLOCK_N=MARKED_ROWS,
         )
-    KERNELS.gram_kernel[(granules, tiles, tiles)](
-        W_tb,
-        counted_n,
-        S_gtt,
-        left_out_g,
-        rows,
-        W_tb.stride(0) if time_major else 0,
-        LD=0 if time_major else W_tb.stride(1),
-        T=snapshots,
-        TILE=tile,
-        TILES=tiles,
-        GRANULE=GRANULE,
-        BLOCK_N=launch.block_rows,
-        STAGES=launch.stages,
-        TIME_MAJOR=time_major,
-        num_warps=launch.warps,
-        # Variants of one kernel must round alike: only what is written as a fused multiply-add is one.
-        enable_fp_fusion=False,
+    KERNELS.careful_kernel[(len(which_k), tiles, tiles)](
+        W_tb, which_k, counted_n, S_gtt, left_out_k, rows, **_cut(W_tb, launch)
     )
-    return rows - int(counted_n.sum()) if tiles > 1 else int(left_out_g.sum())
+    return rows - int(counted_n.sum()) if tiles > 1 else int(left_out_k.sum())
+
+
+def _cut(W_tb: Tensor, launch: GramLaunch) -> dict[str, Any]:
+    """What both kernels are told of the block's layout and of the launch."""
+    time_major = W_tb.stride(1) == 1
+    tile, tiles = launch.tiles(W_tb.shape[0])
+    return {
+        "ld": W_tb.stride(0) if time_major else 0,
+        "LD": 0 if time_major else W_tb.stride(1),
+        "T": W_tb.shape[0],
+        "TILE": tile,
+        "TILES": tiles,
+        "GRANULE": GRANULE,
+        "BLOCK_N": launch.block_rows,
+        "STAGES": launch.stages,
+        "TIME_MAJOR": time_major,
+        "num_warps": launch.warps,
+        # Variants of one kernel must round alike: only what is written as a fused multiply-add is one.
+        "enable_fp_fusion": False,
+    }

@@ -4,6 +4,13 @@
     S = high high^T + high (2 low)^T
     (S + S^T) / 2 = high high^T + high low^T + low high^T      two products and one accumulator do for three
 
+``gram_kernel`` holds the parts in float16, at twice the rate of TF32 and half its bytes. float16 spans
+little, so each snapshot of a granule is multiplied by a power of two, which the granule's first rows suggest.
+What came of it is looked at once, in the end: a granule whose rows do not fit, or may not all count, is
+flagged.
+``careful_kernel`` computes a flagged granule again, in TF32, and looks at every row. Which of them answers
+depends on the rows of the granule and on nothing else.
+
 Imported only where triton is.
 """
 
@@ -20,9 +27,17 @@ import triton.language as tl
 from cmdgpu_kernels.device_math import round_split_tf32
 from cmdgpu_kernels.gram import sums
 
-__all__ = ["INTERPRETED", "add_granules_kernel", "gram_kernel", "mark_rows_kernel"]
+__all__ = ["INTERPRETED", "add_granules_kernel", "careful_kernel", "gram_kernel", "mark_rows_kernel"]
 
 LARGEST_SIZE = tl.constexpr(sums.LARGEST_SIZE)
+
+# The largest |x| of a snapshot's first rows becomes 2^6 to 2^7, whose exponent reads 127 + 6: later ones may
+# be 2^9 times as large.
+SCALED_TO = tl.constexpr(133)
+MOST_OF_A_TILE = tl.constexpr(sums.LARGEST_SIZE / 2)
+# Least sum of squares, but for 0, of a scaled snapshot. float16 holds the low part in steps of 2^-24: half of
+# one, in all rows of a granule, is 5e-8 of the root of this.
+LEAST_SQUARES = tl.constexpr(6000.0)
 
 
 @triton.jit
@@ -38,11 +53,75 @@ def _displaced(corner, t, n, live, ld, LD: tl.constexpr, T: tl.constexpr, TIME_M
 
 
 @triton.jit
+def _exponents(corner, t, lane, here, ld, LD: tl.constexpr, T: tl.constexpr, TIME_MAJOR: tl.constexpr):
+    """The power of two that takes each snapshot's first rows to what float16 holds.
+
+    Any is right, and is a normal number, as its inverse is. For rows of 0 it is so large that no row that
+    follows, whatever else it is, becomes 0.
+    """
+    x = _displaced(corner, t, lane, lane < here, ld, LD, T, TIME_MAJOR)
+    field = (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 255
+    return tl.minimum(-(field - SCALED_TO), 126)
+
+
+@triton.jit
+def _power(exponent):
+    """2^exponent, from -126 to 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _halves(corner, offsets, first, mask, live, scale, less, RAGGED: tl.constexpr):
+    """Two float16 that add up to scaled rows of [p, x_1, x_2, ...]: the bits of scaling w - p."""
+    if RAGGED:
+        w = tl.load(corner + offsets, mask=mask & live[None, :], other=0.0).to(tl.float32)
+        p = tl.load(corner + first, mask=live, other=0.0).to(tl.float32)
+    else:
+        w = tl.load(corner + offsets, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(corner + first).to(tl.float32)
+    # Less 0 or p, as a multiple of it: no choice between two values in every turn.
+    x = tl.fma(tl.broadcast_to(p[None, :], w.shape), tl.broadcast_to(less[:, None], w.shape), w)
+    x = x * scale[:, None]
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _product(
+    corner,
+    offsets_i,
+    offsets_j,
+    first,
+    mask_i,
+    mask_j,
+    live,
+    scale_i,
+    scale_j,
+    less_i,
+    less_j,
+    SAME: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """Product of two tiles over a block of rows, in an accumulator of its own.
+
+    Tensor cores truncate what they add to an old one.
+    """
+    high, low = _halves(corner, offsets_i, first, mask_i, live, scale_i, less_i, RAGGED)
+    if SAME:
+        product = tl.dot(high, tl.trans(low * 2.0))
+        return tl.dot(high, tl.trans(high), product)
+    else:
+        high_j, low_j = _halves(corner, offsets_j, first, mask_j, live, scale_j, less_j, RAGGED)
+        product = tl.dot(low, tl.trans(high_j))
+        product = tl.dot(high, tl.trans(low_j), product)
+        return tl.dot(high, tl.trans(high_j), product)
+
+
+@triton.jit
 def gram_kernel(
     W,  # IN  (T, N) or (N, T)  float32, float16 or bfloat16
-    counted_n,  # IN  (N,)  int8: 1 where a row counts; not read when WHOLE
     S_gtt,  # OUT (granules, TILES * TILE, TILES * TILE)  float32, to be averaged with its transpose
-    left_out_g,  # OUT (granules,)  int32: rows that do not count; not written unless WHOLE
+    flag_gi,  # OUT (granules, TILES)  int32: 1 where the granule must be computed with care
     N: tl.int64,
     ld: tl.int64,  # elements between snapshots, when TIME_MAJOR
     LD: tl.constexpr,  # elements between rows, when not
@@ -56,6 +135,90 @@ def gram_kernel(
 ):
     WHOLE: tl.constexpr = TILES == 1
     granule = tl.program_id(0).to(tl.int64)
+    start = granule * GRANULE
+    here = tl.minimum(N - start, GRANULE).to(tl.int32)
+    i, j = tl.program_id(1), tl.program_id(2)
+    # S is symmetric after averaging: the tiles below the diagonal are those above it, turned.
+    if i <= j:
+        t = tl.arange(0, TILE)
+        row, column = i * TILE + t, j * TILE + t
+        lane = tl.arange(0, BLOCK_N)
+        corner = W + start * (1 if TIME_MAJOR else LD)
+        # Of whole blocks only the snapshots are masked, alike in every turn.
+        even = here // BLOCK_N * BLOCK_N
+        up_i = _exponents(corner, row, lane, here, ld, LD, T, TIME_MAJOR)
+        scale_i = tl.where(row < T, _power(up_i), 0.0)
+        less_i = tl.where(row > 0, -1.0, 0.0)
+        mask_i = tl.broadcast_to((row < T)[:, None], (TILE, BLOCK_N))
+        if TIME_MAJOR:
+            first = lane
+            offsets_i = row[:, None] * ld + lane[None, :]
+            offsets_j = column[:, None] * ld + lane[None, :]
+        else:
+            first = lane * LD
+            offsets_i = row[:, None] + lane[None, :] * LD
+            offsets_j = column[:, None] + lane[None, :] * LD
+        if WHOLE:
+            up_j, scale_j, less_j, mask_j = up_i, scale_i, less_i, mask_i
+        else:
+            up_j = _exponents(corner, column, lane, here, ld, LD, T, TIME_MAJOR)
+            scale_j = tl.where(column < T, _power(up_j), 0.0)
+            less_j = tl.where(column > 0, -1.0, 0.0)
+            mask_j = tl.broadcast_to((column < T)[:, None], (TILE, BLOCK_N))
+        S = tl.zeros([TILE, TILE], tl.float32)
+        for _ in tl.range(0, even, BLOCK_N, num_stages=STAGES):
+            S += _product(
+                corner, offsets_i, offsets_j, first, mask_i, mask_j, None,
+                scale_i, scale_j, less_i, less_j, WHOLE, False,
+            )  # fmt: skip
+            corner += BLOCK_N * (1 if TIME_MAJOR else LD)
+        # At most once. A branch in its place costs registers.
+        for last in tl.range(even, here, BLOCK_N, num_stages=1):
+            live = last + lane < here
+            S += _product(
+                corner, offsets_i, offsets_j, first, mask_i, mask_j, live,
+                scale_i, scale_j, less_i, less_j, WHOLE, True,
+            )  # fmt: skip
+        if i == j:
+            # float16 overflows to inf, and inf and NaN of a row reach its own square: the diagonal tells.
+            square = tl.sum(tl.where(t[:, None] == t[None, :], S, 0.0), axis=1)
+            # Each condition is false of NaN. A snapshot of zeros is exact: see _exponents.
+            seen = (square >= LEAST_SQUARES) | (square == 0) | (row >= T)
+            down = _power(-up_i)
+            # No row that does not count has a place in this; half of it is room for rounding.
+            trace = tl.sum(tl.where(row < T, square * down * down, 0.0), axis=0)
+            good = (tl.min(seen.to(tl.int32), axis=0) == 1) & (trace <= MOST_OF_A_TILE / TILES)
+            tl.store(flag_gi + granule * TILES + i, 1 - good.to(tl.int32))
+        # Two nearly equal powers: what lies between S and the result is no further out than they are.
+        down = -(up_i[:, None] + up_j[None, :])
+        S = S * _power(down >> 1) * _power(down - (down >> 1))
+        WIDTH: tl.constexpr = TILES * TILE
+        S_tt = S_gtt + granule * WIDTH * WIDTH
+        tl.store(S_tt + row[:, None] * WIDTH + column[None, :], S)
+        if not WHOLE and i < j:
+            tl.store(S_tt + column[None, :] * WIDTH + row[:, None], S)
+
+
+@triton.jit
+def careful_kernel(
+    W,  # IN  (T, N) or (N, T)  float32, float16 or bfloat16
+    which_k,  # IN  (programs,)  int64: granules
+    counted_n,  # IN  (N,)  int8: 1 where a row counts; not read when WHOLE
+    S_gtt,  # OUT (granules, TILES * TILE, TILES * TILE)  float32, to be averaged with its transpose
+    left_out_k,  # OUT (programs,)  int32: rows that do not count; not written unless WHOLE
+    N: tl.int64,
+    ld: tl.int64,  # elements between snapshots, when TIME_MAJOR
+    LD: tl.constexpr,  # elements between rows, when not
+    T: tl.constexpr,
+    TILE: tl.constexpr,  # snapshots of a tile
+    TILES: tl.constexpr,
+    GRANULE: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows of one product
+    STAGES: tl.constexpr,
+    TIME_MAJOR: tl.constexpr,
+):
+    WHOLE: tl.constexpr = TILES == 1
+    granule = tl.load(which_k + tl.program_id(0))
     start = granule * GRANULE
     here = tl.minimum(N - start, GRANULE).to(tl.int32)
     i, j = tl.program_id(1), tl.program_id(2)
@@ -96,20 +259,22 @@ def gram_kernel(
         if not WHOLE and i < j:
             tl.store(S_tt + column[None, :] * WIDTH + row[:, None], S)
         if WHOLE:
-            tl.store(left_out_g + granule, tl.sum(left_out, axis=0))
+            tl.store(left_out_k + tl.program_id(0), tl.sum(left_out, axis=0))
 
 
 @triton.jit
 def mark_rows_kernel(
     W,  # IN  (T, N) or (N, T)
-    counted_n,  # OUT (N,)  int8: 1 where a row counts, 0 where it is left out
+    which_k,  # IN  (granules to look at,)  int64
+    counted_n,  # OUT (N,)  int8: 1 where a row of those counts, 0 where it is left out
     N: tl.int64,
     step_t: tl.int64,  # elements between snapshots
     step_n: tl.int64,  # elements between rows
     T: tl.constexpr,
+    GRANULE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.load(which_k + tl.program_id(0)) * GRANULE + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = n < N
     rows = W + n * step_n
     p = tl.load(rows, mask=live, other=0.0).to(tl.float32)
