@@ -172,9 +172,11 @@ def measured(wanted: Sequence[str], workers: int) -> Iterator[dict[str, Any]]:
         refused = dict(zip(every, pool.map(why_not, every, chunksize=4), strict=True))
     print(f"{len(every)} candidates compiled in {time.perf_counter() - started:.0f} s", flush=True)
     clock = Clock(torch.device("cuda"))
+    limits: dict[str, dict[str, float]] = {}
     for dtype, layout in dict.fromkeys((candidate.dtype, candidate.layout) for candidate in every):
         W_tb = block(dtype, layout, TIMED_ROWS)
-        limits = ceilings(W_tb, clock) if layout == "time-major" else {}
+        if dtype not in limits:
+            limits[dtype] = ceilings(W_tb, clock)
         here = [c for c in every if (c.dtype, c.layout) == (dtype, layout)]
         running = [c for c in here if refused[c] is None]
         rates: dict[Candidate, float] = {}
@@ -192,7 +194,7 @@ def measured(wanted: Sequence[str], workers: int) -> Iterator[dict[str, Any]]:
                 "shipped": candidate.shipped,
                 "gb_per_s": rates.get(candidate),
                 "not_run": refused[candidate],
-                "ceilings": limits,
+                "ceilings": limits[dtype],
             }
         del W_tb
 
@@ -205,7 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: there is nothing to tune")
     found = machine(torch.device("cuda", 0))
-    records = list(measured(options.kernels, os.cpu_count() or 1))
+    records = [
+        {**record, "commit": found["commit"]} for record in measured(options.kernels, os.cpu_count() or 1)
+    ]
     seen: dict[tuple[Any, ...], int] = {}
     for record in records:
         case = record["dtype"], record["layout"], record["modes"]

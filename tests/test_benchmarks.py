@@ -251,7 +251,7 @@ def test_without_cuda_the_gpu_suite_says_so(
 # ---- the page -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["quick", "out-of-core", "storage", "gpu"])
+@pytest.mark.parametrize("name", ["quick", "out-of-core", "storage", "gpu", "tune"])
 def test_the_page_is_rendered_from_the_json(name: str) -> None:
     from benchmarks import render
 

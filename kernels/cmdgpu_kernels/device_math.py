@@ -65,13 +65,12 @@ def spread_pivot(corner, lane, live, ld, T: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def fill_ring(corner, lane, live, ld, SIZE: tl.constexpr, EVEN: tl.constexpr):
-    """SIZE snapshots on their way, as a tuple, and a pointer to the one after them."""
+def fill_ring(corner, lane, live, ld, T: tl.constexpr, RING: tl.constexpr, EVEN: tl.constexpr):
+    """The first RING snapshots as a tuple, a pointer to the next one, and how often that may still move."""
     w = ()
-    for _ in tl.static_range(SIZE):
-        w = w + (load_rows(corner, lane, live, EVEN),)
-        corner += ld
-    return w, corner
+    for k in tl.static_range(RING):
+        w = w + (load_rows(corner + min(k, T - 1) * ld, lane, live, EVEN),)
+    return w, corner + min(RING, T - 1) * ld, tl.full([], max(T - 1 - RING, 0), tl.int32)
 
 
 @triton.jit
@@ -82,20 +81,20 @@ def _turn_ring(
     live,
     pivot,
     ld,
-    STEPS: tl.constexpr,
-    LOADS: tl.constexpr,  # of these steps, how many ask for another snapshot
+    STEPS: tl.constexpr,  # at most as many as the ring holds
     COUNT: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Add the ring's first STEPS snapshots to the sums; each leaves its place to the next one to come."""
-    w, coming, z = ring
+    """Add the ring's first STEPS snapshots to the sums; each makes room for the next one to come."""
+    w, coming, left, z = ring
     s1, s2, d = sums
     loaded = ()
     for k in tl.static_range(STEPS):
         x = w[k] - pivot
-        if k < LOADS:
-            loaded = loaded + (load_rows(coming, lane, live, EVEN),)
-            coming += ld
+        # At the end the last snapshot is read again: from a cache, and for nobody.
+        loaded = loaded + (load_rows(coming, lane, live, EVEN),)
+        coming += tl.minimum(left, 1) * ld
+        left = tl.maximum(left - 1, 0)
         s1 += x
         s2 = tl.fma(x, x, s2)
         longer = ()
@@ -104,7 +103,7 @@ def _turn_ring(
             longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
         d = longer
         z += COUNT
-    return (w[STEPS:] + loaded, coming, z), (s1, s2, d)
+    return (w[STEPS:] + loaded, coming, left, z), (s1, s2, d)
 
 
 @triton.jit
@@ -116,34 +115,18 @@ def sum_partial(
     pivot,
     ld,
     STEPS: tl.constexpr,
-    LOADS: tl.constexpr,  # of these steps, how many have a snapshot RING after them
-    RING: tl.constexpr,
     COUNT: tl.constexpr,  # references
     BLOCK_N: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the ring after them."""
     none = tl.zeros([BLOCK_N], tl.float32)
     sums = (none, none, d)
-    # The body of a loop is compiled even where it never runs, and at the end the ring holds less than a turn.
-    if LOADS >= RING:
-        for _ in tl.range(0, LOADS // RING):
-            ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, RING, COUNT, EVEN)
-    # What is left is unrolled: no turn asks at run time whether there is a snapshot to come.
-    DONE: tl.constexpr = LOADS // RING * RING
-    for k in tl.static_range((STEPS - DONE + RING - 1) // RING):
-        ring, sums = _turn_ring(
-            ring,
-            sums,
-            lane,
-            live,
-            pivot,
-            ld,
-            min(RING, STEPS - DONE - k * RING),
-            max(0, min(RING, LOADS - DONE - k * RING)),
-            COUNT,
-            EVEN,
-        )
+    for _ in tl.range(0, STEPS // RING):
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, COUNT, EVEN)
+    if STEPS % RING != 0:
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, STEPS % RING, COUNT, EVEN)
     return ring, sums
 
 

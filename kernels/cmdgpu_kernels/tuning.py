@@ -1,10 +1,9 @@
 """Launch configurations: frozen values, each with its reason. Nothing is tuned at run time.
 
-A table is measured so: compile every candidate ahead of time (``tests/kernels/ahead_of_time.py``), drop
-those that spill or exceed shared memory, and time the rest on the device, interleaved in one process with the
-other implementations, on random data. No entry below is timed yet: they are chosen by registers, spills,
-shared memory and instructions of the compiled code. ``issue`` is how long an H200 needs to issue the
-instructions of 1e9 rows at T = 100, at best; reading them takes 97 ms in float32 and 50 ms in 16 bits.
+A table is measured so: compile every candidate ahead of time (``tests/kernels/ahead_of_time.py``), drop what
+spills or exceeds shared memory, and time the rest on the device, in turns (``benchmarks/tune.py``). Rates
+below are GB/s of W on an H200, T = 100, Triton 3.6; a copy makes 4,270 there, reads and writes counted.
+Ampere's entries are not timed: registers, spills, shared memory and instructions of the compiled code chose.
 
 A value of ``TimeMajorLaunch`` changes no bit: a row's sums run over its snapshots one after the other
 whatever stands here. One of ``TileLaunch`` does: the lanes that share a row add in another order. The choice
@@ -16,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-
-from cmdgpu_kernels.limits import SEGMENT
 
 __all__ = [
     "ASSIGN_AND_FIT",
@@ -53,12 +50,6 @@ class TimeMajorLaunch:
     warps: int
     ring: int
     """Snapshots in flight while one is added up: the latency of memory is long."""
-    registers: int | None = None
-    """Most of a thread, where the compiler would take more and leave fewer programs on a core."""
-
-    def registers_of(self, snapshots: int) -> int | None:
-        """Totals of several segments need room of their own."""
-        return self.registers if snapshots <= SEGMENT else None
 
 
 @dataclass(frozen=True)
@@ -76,11 +67,24 @@ class TimeMajorTable:
         return next((launch for launch in self.launches if references <= launch.most), None)
 
 
+_SIXTEEN_BITS = TimeMajorTable((TimeMajorLaunch(5, 256, 2, 8), TimeMajorLaunch(16, 256, 2, 4)))
+
 ASSIGN_AND_FIT: Mapping[str, TimeMajorTable] = MappingProxyType(
     {
-        "float32": TimeMajorTable((TimeMajorLaunch(16, 256, 4, 8),)),
-        "float16": TimeMajorTable((TimeMajorLaunch(10, 512, 4, 8),)),
-        "bfloat16": TimeMajorTable((TimeMajorLaunch(10, 512, 4, 8),)),
+        # Two rows a thread from 3 references on: half the registers, twice the programs that wait for memory.
+        # 4,118 at 2; 4,054 at 5, 3,891 at 8, 3,495 at 10, 2,749 at 16; 2,043 at 24, 1,370 at 32. Tiles make
+        # 1,348 at 16 and 1,094 at 32.
+        "float32": TimeMajorTable(
+            (
+                TimeMajorLaunch(2, 256, 2, 8),
+                TimeMajorLaunch(16, 256, 4, 8),
+                TimeMajorLaunch(32, 256, 4, 4),
+            )
+        ),
+        # 3,854 at 1, 3,006 at 5; 2,222 at 8, 2,084 at 10, 1,377 at 16. Tiles make 535 at 16. Eight rows a
+        # thread read 10 % faster at 8 and 10, but spill from T = 257 on.
+        "float16": _SIXTEEN_BITS,
+        "bfloat16": _SIXTEEN_BITS,
     }
 )
 
@@ -121,11 +125,10 @@ _AMPERE = TileTable(
     single=(TileLaunch(16, 64, 4, 1), TileLaunch(32, 64, 4, 1)),
     sweeping=TileLaunch(32, 64, 4, 1),
 )
-# Two programs fit a core. Issue 110 ms (rows contiguous 119); with 64 rows 145.
+# Two programs fit a core.
 _16 = TileLaunch(16, 128, 4, 2)
-# Two programs fit a core. Issue 195 ms (216); 128 rows on 4 warps spill, on 8 leave one program per core.
 _64 = TileLaunch(64, 64, 4, 2)
-# 128 rows halve what is read of the references from L2 for each row. 255 registers, so one program per core.
+# 128 rows halve what is read of the references from L2 for each row. 128 references spill in a second sweep.
 _SWEEPING = TileLaunch(64, 128, 8, 1)
 
 TILES: Mapping[tuple[int, bool, int], TileTable] = MappingProxyType(
@@ -135,12 +138,14 @@ TILES: Mapping[tuple[int, bool, int], TileTable] = MappingProxyType(
         (80, False, 4): _AMPERE,
         (80, True, 2): _AMPERE,
         (80, False, 2): _AMPERE,
-        # 32: issue 113 ms; a second stage leaves room for one program per core only.
-        (90, True, 4): TileTable((_16, TileLaunch(32, 128, 4, 1), _64), _SWEEPING),
-        # 32: 128 rows spill with one stage and leave one program per core with two; with 64 issue 190 ms.
-        (90, False, 4): TileTable((_16, TileLaunch(32, 64, 4, 1), _64), _SWEEPING),
-        # 32: half the bytes leave room for the second stage. Issue 125 and 133 ms.
-        (90, True, 2): TileTable((_16, TileLaunch(32, 128, 4, 2), _64), _SWEEPING),
+        # 751 at 64; 503 at 100 in one sweep, against 392 in two.
+        (90, True, 4): TileTable((TileLaunch(64, 128, 4, 3), TileLaunch(128, 64, 4, 1)), _SWEEPING),
+        # 1,280 at 16, 958 at 32, 696 at 64, 478 at 100.
+        (90, False, 4): TileTable(
+            (_16, TileLaunch(32, 64, 4, 1), _64, TileLaunch(128, 128, 8, 2)), _SWEEPING
+        ),
+        # 506 at 32, 285 at 64, 185 at 100. Contiguous rows of 16 bits are not timed.
+        (90, True, 2): TileTable((TileLaunch(32, 128, 4, 2), _64, TileLaunch(128, 128, 8, 2)), _SWEEPING),
         (90, False, 2): TileTable((_16, TileLaunch(32, 128, 4, 2), _64), _SWEEPING),
     }
 )
@@ -179,8 +184,8 @@ GRAM: Mapping[int, GramLaunch] = MappingProxyType(
     {
         # 66 KB. A third stage spills bfloat16 with 64 snapshots.
         80: GramLaunch(block_rows=32, warps=8, stages=2, many=64),
-        # 148 KB and 232 registers, one program per core; two blocks arrive during a product. On an H200 128
-        # rows in 3 stages read 7 % faster, but spill where Triton is 3.6; 4 or 16 warps are far slower.
+        # 148 KB and 232 registers, one program per core; two blocks arrive during a product. 2,164, and 2,210
+        # with 128 rows in 3 stages, which spill where Triton is 3.6; 4 or 16 warps are far slower.
         90: GramLaunch(block_rows=64, warps=8, stages=4, many=128),
     }
 )

@@ -78,7 +78,7 @@ def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
             "EVEN": "even" in flags,
             "MARGIN": "margin" in flags,
         },
-        {"num_warps": launch.warps, "maxnreg": launch.registers_of(snapshots)},
+        {"num_warps": launch.warps},
     )
 
 

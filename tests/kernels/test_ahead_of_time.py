@@ -27,7 +27,7 @@ ROWS = [
         (1000, "ragged:margin"),
     )
 ]
-# Every entry of the launch table: one sweep of 16, 32, 64 references, several sweeps; both layouts and sizes.
+# Every entry of the launch table: one sweep of 16 to 128 references, several sweeps; both layouts and sizes.
 TILES = [
     f"tiles:{dtype}:{snapshots}:{modes}:{shape}:{layout}"
     for dtype in ("float32", "bfloat16")
@@ -36,6 +36,7 @@ TILES = [
         (100, 10, "even"),
         (100, 30, "even"),
         (1000, 64, "ragged"),
+        (1000, 100, "ragged:margin"),
         (1000, 200, "ragged:margin"),
     )
 ]

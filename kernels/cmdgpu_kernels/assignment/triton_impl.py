@@ -168,7 +168,6 @@ def launch_rows(
         EVEN=rows % launch.block_rows == 0,
         MARGIN=fit.margin is not None,
         num_warps=launch.warps,
-        maxnreg=launch.registers_of(snapshots),
     )
 
 

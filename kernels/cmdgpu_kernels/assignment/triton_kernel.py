@@ -26,10 +26,9 @@ def _add_partial(
     live,
     ld,
     STEPS: tl.constexpr,
-    LOADS: tl.constexpr,
-    RING: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Add STEPS snapshots to the sums, then move the pivot to their mean."""
@@ -38,7 +37,7 @@ def _add_partial(
     for i in tl.static_range(COUNT):
         # What the last step of the pivot takes out of this and all later partials.
         moved_d = moved_d + (tl.fma(step, tl.load(tail + i), d[i]),)
-    ring, sums = sum_partial(ring, moved_d, lane, live, pivot, ld, STEPS, LOADS, RING, COUNT, BLOCK_N, EVEN)
+    ring, sums = sum_partial(ring, moved_d, lane, live, pivot, ld, STEPS, COUNT, BLOCK_N, RING, EVEN)
     s1, s2, d = sums
     mean, ss, mean_x = merge_moments(s1, s2, seen, mean, ss, STEPS)
     moved = pivot + mean_x
@@ -48,8 +47,30 @@ def _add_partial(
 
 
 @triton.jit
+def _add_segment(
+    state,
+    lane,
+    live,
+    ld,
+    STEPS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RING: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Add STEPS snapshots to the sums, in partials."""
+    for _ in tl.range(0, STEPS // PARTIAL):
+        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, BLOCK_N, RING, EVEN)
+    if STEPS % PARTIAL != 0:
+        state = _add_partial(state, lane, live, ld, STEPS % PARTIAL, COUNT, BLOCK_N, RING, EVEN)
+    return state
+
+
+@triton.jit
 def _sum_all(
-    ring,
+    corner,
+    z,
     tail,
     lane,
     live,
@@ -58,9 +79,9 @@ def _sum_all(
     T: tl.constexpr,
     SEGMENT: tl.constexpr,
     PARTIAL: tl.constexpr,
-    RING: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    RING: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Mean, centred sum of squares and d over all T snapshots.
@@ -70,40 +91,21 @@ def _sum_all(
     """
     none = tl.zeros([BLOCK_N], tl.float32)
     d = zeros(COUNT, BLOCK_N)
-    state = (ring, tail, 0.0, pivot, none, none, none, d)
-    # A segment is followed by more snapshots than the ring holds: none of them asks whether there is another.
-    SEGMENTS: tl.constexpr = (T - RING) // SEGMENT if T > SEGMENT else 0
-    if SEGMENTS > 0:
-        for _ in tl.range(0, SEGMENTS):
-            for _ in tl.range(0, SEGMENT // PARTIAL):
-                state = _add_partial(state, lane, live, ld, PARTIAL, PARTIAL, RING, COUNT, BLOCK_N, EVEN)
-            total = ()
-            for i in tl.static_range(COUNT):
-                total = total + (d[i] + state[7][i],)
-            d = total
-            state = state[:7] + (zeros(COUNT, BLOCK_N),)
-    REST: tl.constexpr = T - SEGMENTS * SEGMENT
-    for c in tl.static_range((REST + PARTIAL - 1) // PARTIAL):
-        state = _add_partial(
-            state,
-            lane,
-            live,
-            ld,
-            min(PARTIAL, REST - c * PARTIAL),
-            max(0, min(PARTIAL, REST - c * PARTIAL - RING)),
-            RING,
-            COUNT,
-            BLOCK_N,
-            EVEN,
-        )
-    if SEGMENTS > 0:
+    w, coming, left = fill_ring(corner, lane, live, ld, T, RING, EVEN)
+    state = ((w, coming, left, z), tail, 0.0, pivot, none, none, none, d)
+    for _ in tl.range(0, T // SEGMENT if T > SEGMENT else 0):
+        state = _add_segment(state, lane, live, ld, SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN)
         total = ()
         for i in tl.static_range(COUNT):
             total = total + (d[i] + state[7][i],)
         d = total
-    else:
-        d = state[7]
-    return state[3] + state[5], state[6], d
+        state = state[:7] + (zeros(COUNT, BLOCK_N),)
+    REST: tl.constexpr = T if T <= SEGMENT else T % SEGMENT
+    state = _add_segment(state, lane, live, ld, REST, PARTIAL, COUNT, BLOCK_N, RING, EVEN)
+    total = ()
+    for i in tl.static_range(COUNT):
+        total = total + (d[i] + state[7][i],)
+    return state[3] + state[5], state[6], total
 
 
 @triton.jit
@@ -135,12 +137,10 @@ def assign_and_fit_kernel(
     lane = tl.arange(0, BLOCK_N)
     live = lane < N - start
     corner = W_tb + start
-    # The ring first: it is on its way while the pivot is waited for.
-    w, coming = fill_ring(corner, lane, live, ld, min(RING, T), EVEN)
     pivot = spread_pivot(corner, lane, live, ld, T, EVEN)
-    ring = (w, coming, Z_tm)
+
     mean, ss, d = _sum_all(
-        ring, tail_cm, lane, live, pivot, ld, T, SEGMENT, PARTIAL, RING, COUNT, BLOCK_N, EVEN
+        corner, Z_tm, tail_cm, lane, live, pivot, ld, T, SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN
     )
     best = tl.zeros([BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_N], tl.float32)
