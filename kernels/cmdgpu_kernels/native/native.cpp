@@ -2,8 +2,9 @@
 // vector follows from the compiler's target. No intrinsics and no fast-math: the vector extensions of GCC and
 // Clang, and NaN stays NaN.
 //
-// assign_and_fit: rows in vector registers, their snapshots in the nearest cache. No row looks at its neighbour and every sum runs over the snapshots in order, so a row
-// has the same bits in whatever block, tile or thread it is computed.
+// assign_and_fit: rows in vector registers, their snapshots in the nearest cache. No row looks at its neighbour
+// and every sum runs over the snapshots in order, so a row has the same bits in whatever block, tile or thread
+// it is computed.
 //
 // A tile is 64 rows. Its snapshots are packed behind the pivot of their partial into a buffer that stays in
 // the cache, the moments are taken on the way; then groups of up to 6 references sweep over the buffer with
@@ -152,9 +153,19 @@ void set_origin(const Rows<Element> &rows, int64_t snapshots, Tile &tile) {
     }
 }
 
+struct Ahead {  // the next tile: its lines are asked for while this one is packed
+    const char *place;
+    int64_t stride;
+    int lines;
+    // Inlined by order: GCC takes a function that only asks for memory for one without effect, and drops its calls.
+    __attribute__((always_inline)) void ask(int64_t t) const {
+        for (int line = 0; line < lines; line++) __builtin_prefetch(place + t * stride + line * LINE, 0, 2);
+    }
+};
+
 // x = w - p over a partial, its moments merged with those before it, and the next pivot.
 template <class Load>
-inline void add_partial(Load load, float *x, int64_t seen, int steps, Tile &tile) {
+inline void add_partial(Load load, float *x, int64_t seen, int steps, const Ahead &ahead, Tile &tile) {
     const float share = float(double(steps) / double(seen + steps));
     const float weight = float(double(seen) * double(steps) / double(seen + steps));
     for (int i = 0; i < TILE; i += STRIP) {
@@ -163,13 +174,15 @@ inline void add_partial(Load load, float *x, int64_t seen, int steps, Tile &tile
             pivot[v] = at(tile.pivot + i + v * LANES);
             s1[v] = s2[v] = Vector{};
         }
-        for (int t = 0; t < steps; t++)
+        for (int t = 0; t < steps; t++) {
+            if (i == 0) ahead.ask(seen + t);
             for (int v = 0; v < VECTORS; v++) {
                 Vector moved = load(t, i + v * LANES) - pivot[v];
                 put(x + t * TILE + i + v * LANES, moved);
                 s1[v] += moved;
                 s2[v] += moved * moved;
             }
+        }
         for (int v = 0; v < VECTORS; v++) {
             int j = i + v * LANES;
             Vector mean = s1[v] / splat(float(steps)), gap = mean - at(tile.mean + j);
@@ -232,17 +245,6 @@ struct Span {  // snapshots [first, first + count) of a tile, packed
     bool closes() const { return first + count == snapshots; }
 };
 
-struct Ahead {  // the next tile: its lines are asked for while this one is computed on
-    const char *place;
-    int64_t stride, count;
-    int lines;
-    void ask(int64_t t) const {
-        if (t < count)
-            for (int line = 0; line < lines; line++)
-                __builtin_prefetch(place + t * stride + line * LINE, 0, 2);
-    }
-};
-
 // Ascending and strictly greater: the lowest index wins a tie, and padding, d = 0, never does.
 template <int WIDTH>
 inline void keep_best(const Vector (&d)[WIDTH][VECTORS], int i, int first, bool margin, Tile &tile) {
@@ -271,7 +273,7 @@ inline void keep_best(const Vector (&d)[WIDTH][VECTORS], int i, int first, bool 
 // One group of references over a span; ``totals`` (WIDTH, TILE) carries d from span to span.
 template <int WIDTH>
 void sweep(const Span &span, const float *z, const float *tail, int first, bool margin, float *totals,
-           const Ahead &ahead, Tile &tile) {
+           Tile &tile) {
     for (int i = 0; i < TILE; i += STRIP) {
         Vector d[WIDTH][VECTORS];
         for (int m = 0; m < WIDTH; m++)
@@ -282,7 +284,6 @@ void sweep(const Span &span, const float *z, const float *tail, int first, bool 
             int64_t stop = seen + PARTIAL < span.count ? seen + PARTIAL : span.count;
             Vector sum[WIDTH][VECTORS] = {};
             for (int64_t t = seen; t < stop; t++, x += TILE, z_t += WIDTH) {
-                if (i == 0) ahead.ask(t);
                 for (int m = 0; m < WIDTH; m++) {
                     Vector factor = splat(z_t[m]);
                     for (int v = 0; v < VECTORS; v++) sum[m][v] += factor * at(x + v * LANES);
@@ -300,7 +301,7 @@ void sweep(const Span &span, const float *z, const float *tail, int first, bool 
     }
 }
 
-typedef void (*Sweep)(const Span &, const float *, const float *, int, bool, float *, const Ahead &, Tile &);
+typedef void (*Sweep)(const Span &, const float *, const float *, int, bool, float *, Tile &);
 constexpr Sweep SWEEPS[] = {nullptr, sweep<1>, sweep<2>, sweep<3>, sweep<4>, sweep<5>, sweep<6>};
 
 // ---- closing the fit ------------------------------------------------------------------------------------
@@ -355,6 +356,9 @@ void fit_tile(const Arguments &arg, int64_t start) {
     const Rows<Element> rows{static_cast<const Stored *>(arg.W) + start * arg.stride_n, arg.stride_t, arg.stride_n, live};
     float *x = arg.scratch, *steps = x + SPAN * TILE, *totals = steps + SPAN / PARTIAL * TILE;
     const int64_t partials = (arg.snapshots + PARTIAL - 1) / PARTIAL;
+    const bool more = rows.time_major() && left >= 2 * TILE;
+    const Ahead next{reinterpret_cast<const char *>(rows.place(0, TILE)), arg.stride_t * int64_t(sizeof(Stored)),
+                     more ? TILE * int(sizeof(Stored)) / LINE : 0};
     Tile tile{};
     set_origin(rows, arg.snapshots, tile);
     for (int64_t first = 0; first < arg.snapshots; first += SPAN) {
@@ -366,22 +370,18 @@ void fit_tile(const Arguments &arg, int64_t start) {
             if (rows.time_major()) {
                 const Stored *from = rows.place(first + seen, 0);
                 auto load = [=](int64_t t, int i) { return Element::load(from + t * arg.stride_t + i); };
-                add_partial(load, here, first + seen, many, tile);
+                add_partial(load, here, first + seen, many, next, tile);
             } else {
                 gather(rows, first + seen, many, here);
                 auto load = [=](int64_t t, int i) { return at(here + t * TILE + i); };
-                add_partial(load, here, first + seen, many, tile);
+                add_partial(load, here, first + seen, many, next, tile);
             }
         }
         const Span span{x, steps, first, count, arg.snapshots};
-        const bool more = rows.time_major() && left >= 2 * TILE;
-        const Ahead next{reinterpret_cast<const char *>(rows.place(first, TILE)),
-                         arg.stride_t * int64_t(sizeof(Stored)), more ? count : 0, TILE * int(sizeof(Stored)) / LINE};
         for (int64_t group = 0; group < arg.groups; group++)
             SWEEPS[arg.width](span, arg.z + (group * arg.snapshots + first) * arg.width,
                               arg.tail + (group * partials + first / PARTIAL) * arg.width,
-                              int(group * arg.width), arg.margin != nullptr, totals + group * arg.width * TILE,
-                              group == 0 ? next : Ahead{}, tile);
+                              int(group * arg.width), arg.margin != nullptr, totals + group * arg.width * TILE, tile);
     }
     store(arg, tile, start, live);
 }
