@@ -173,9 +173,9 @@ def shared_cores(*rates: float) -> float:
 # ---- one case -------------------------------------------------------------------------------------------
 
 
-def fit_alone(store: Path, out: Path, modes: int, device: str) -> dict[str, Any]:
+def fit_alone(store: Path, out: Path, modes: int, device: str, *options: str) -> dict[str, Any]:
     script = ROOT / "benchmarks" / "one_fit.py"
-    asked = [sys.executable, str(script), str(store), str(out), str(modes), device]
+    asked = [sys.executable, str(script), str(store), str(out), str(modes), device, *options]
     ended = subprocess.run(asked, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"the fit failed:\n{ended.stderr}")
@@ -192,13 +192,12 @@ def measure(
         return folder / f"result-{next(numbers)}.zarr"
 
     first = new_result()
-    warm = fit_alone(store, first, modes, device)
+    warm = fit_alone(store, first, modes, device, "--peak")
     width = int(warm["metrics"]["rows_per_block"])
     fitted = cg.CMD.load(first)
     stages = Stages(store, fitted.references_, width, device)
     wrong = count_wrong(fitted, stages.trajectory)
     seconds: dict[str, list[float]] = {}
-    peaks: list[int] = []
 
     def fitting(before: Callable[[], None], name: str) -> None:
         before()
@@ -207,7 +206,6 @@ def measure(
         shutil.rmtree(out)
         seconds.setdefault(f"pass, {name}", []).append(float(said["metrics"]["stage_s"]["pass"]))
         seconds.setdefault(f"whole fit, {name}", []).append(float(said["seconds"]))
-        peaks.append(int(said["peak_bytes"]))
 
     def stage(before: Callable[[], None], name: str, work: Callable[[], None]) -> None:
         before()
@@ -257,7 +255,7 @@ def measure(
                 ceiling=limit,
                 ceiling_gb_per_s=limit_rate,
                 percent_of_ceiling=100 * rate[name] / limit_rate if limit_rate else None,
-                peak_bytes=max(peaks) if ours else None,
+                peak_bytes=int(warm["peak_bytes"]) if ours else None,
                 planned_bytes=int(warm["metrics"]["planned_bytes"]) if ours else None,
                 labels_differ=wrong if ours else None,
                 note=str(warm["metrics"]["implementation"]) if ours or name == "kernel" else "",
