@@ -1,8 +1,8 @@
 """One fit in a process of its own: ``one_fit.py STORE OUT MODES DEVICE [--peak]``, figures as JSON.
 
-``--peak`` is anonymous and shared memory, sampled every millisecond, above what was held after the imports and
-a tiny fit: what a memory limit is about. Pages of files are the system's to take back. Sampling takes a part of
-a core, so that a run that is timed does without.
+``--peak`` is anonymous and shared memory, sampled every millisecond, above what was held after the imports
+and a tiny fit: what a memory limit is about. Pages of files are the system's to take back. Sampling takes a
+part of a core, so that a run that is timed does without.
 """
 
 from __future__ import annotations
