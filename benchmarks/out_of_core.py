@@ -157,7 +157,9 @@ class Stages:
         drop_from_cache(self.files)
 
     def make_cached(self) -> None:
-        read_files(self.files, self.threads, crc=False)
+        """Twice: a page that is read for the second time is moved among those in use, at its reader's cost."""
+        for _ in range(2):
+            read_files(self.files, self.threads, crc=False)
 
 
 def _by_block(file: Path) -> tuple[int, int]:

@@ -18,15 +18,16 @@ PROGRAM = Path(__file__).with_name("ahead_of_time.py")
 ROWS = [
     f"rows:{dtype}:{snapshots}:{launch.most}:{shape}"
     for dtype, table in ASSIGN_AND_FIT.items()
+    if dtype != "float16"  # what bfloat16 takes, with another conversion
     for launch in table.launches
     for snapshots, shape in (
         (3, "even"),
         (100, "even"),
-        (100, "ragged:margin"),
-        (257, "even"),
+        (257, "ragged"),
         (1000, "ragged:margin"),
     )
 ]
+ROWS.append("rows:float16:100:10:even")
 # Every entry of the launch table: one sweep of 16 to 128 references, several sweeps; both layouts and sizes.
 TILES = [
     f"tiles:{dtype}:{snapshots}:{modes}:{shape}:{layout}"
