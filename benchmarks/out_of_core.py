@@ -157,7 +157,7 @@ class Stages:
         drop_from_cache(self.files)
 
     def make_cached(self) -> None:
-        """Twice: a page that is read for the second time is moved among those in use, at its reader's cost."""
+        """Twice: the second reader of a page pays for moving it among those in use."""
         for _ in range(2):
             read_files(self.files, self.threads, crc=False)
 
