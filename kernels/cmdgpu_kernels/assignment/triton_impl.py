@@ -7,8 +7,6 @@ the other. More of them, or a block whose rows are contiguous: tiles of rows x s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,27 +18,20 @@ from cmdgpu_kernels.dispatch import Problem
 from cmdgpu_kernels.limits import PARTIAL, SEGMENT
 from cmdgpu_kernels.precision import split_tf32
 from cmdgpu_kernels.references import References
-from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, TileLaunch, TimeMajorLaunch, architecture, tiles_of
+from cmdgpu_kernels.triton_here import architecture_of, current, triton_module
+from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, TileLaunch, TimeMajorLaunch, tiles_of
 
 __all__ = ["TOLERANCE", "launch_rows", "launch_tiles", "refusals", "refusals_interpreted", "run"]
 
 
-def _kernels() -> tuple[Any, Any, str | None]:
-    """The modules of kernels, or why there are none. A triton that is there but broken is not hidden."""
-    try:
-        import triton  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
-    except ImportError as error:
-        return None, None, f"triton cannot be imported: {error}"
-    from cmdgpu_kernels.assignment import triton_kernel, triton_tile_kernel
-
-    return triton_kernel, triton_tile_kernel, None
-
-
-KERNELS, TILE_KERNELS, ABSENT = _kernels()
-INTERPRETED: bool = ABSENT is None and KERNELS.INTERPRETED
+BY_ROWS = triton_module("assignment.triton_kernel")
+ON_TILES = triton_module("assignment.triton_tile_kernel")
 
 COPIED = 64 * 2**20
 """Bytes of a block that are copied at a time, where a kernel cannot read it as it lies."""
+
+_SMALLEST = (8, 0)
+"""Capability with the smallest tiles: the interpreter does what lanes do one by one."""
 
 ALIGNED = 16
 """Bytes of a load at its widest. Its width decides which lane holds which snapshot, hence how a row is added
@@ -51,22 +42,16 @@ TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
 
 def refusals(problem: Problem) -> tuple[str, ...]:
     """Every reason why the compiled kernel cannot serve the problem."""
-    reasons = [f"needs a CUDA device, got {problem.device!r}"] if problem.device != "cuda" else []
-    if INTERPRETED:
-        reasons.append("TRITON_INTERPRET was set when the kernels were imported")
-    return (*reasons, *_refusals(problem))
+    return (*BY_ROWS.refusals(problem), *_refusals(problem))
 
 
 def refusals_interpreted(problem: Problem) -> tuple[str, ...]:
     """Every reason why Triton's interpreter cannot serve the problem."""
-    reasons = [f"needs the CPU, got {problem.device!r}"] if problem.device != "cpu" else []
-    if ABSENT is None and not INTERPRETED:
-        reasons.append("TRITON_INTERPRET=1 was not set before the kernels were imported")
-    return (*reasons, *_refusals(problem))
+    return (*BY_ROWS.refusals_interpreted(problem), *_refusals(problem))
 
 
 def _refusals(problem: Problem) -> list[str]:
-    reasons = [] if ABSENT is None else [ABSENT]
+    reasons: list[str] = []
     if problem.dtype not in ASSIGN_AND_FIT:
         reasons.append(f"dtype {problem.dtype} (supported: {', '.join(ASSIGN_AND_FIT)})")
     if problem.modes == 0:
@@ -82,13 +67,13 @@ def run(W_tb: Tensor, references: References, *, margin: bool = False, threads: 
     row_major = W_tb.stride(0) == 1 and W_tb.stride(1) != 1
     distinct = len(references.distinct)
     by_rows = ASSIGN_AND_FIT[str(W_tb.dtype).removeprefix("torch.")].choose(distinct)
-    with _on(W_tb.device):
+    with current(W_tb.device):
         if not row_major and by_rows is not None:
             for block_tb, here in _parts(W_tb, by_rows.block_rows, padded=False):
                 launch_rows(block_tb, references, by_rows, fit, here)
             return fit
         tiles, sweeps = tiles_of(
-            _architecture(W_tb.device),
+            architecture_of(W_tb.device, _SMALLEST),
             W_tb.element_size(),
             time_major=not row_major,
             references=distinct,
@@ -97,15 +82,6 @@ def run(W_tb: Tensor, references: References, *, margin: bool = False, threads: 
         for block_tb, here in cut(W_tb, tiles.block_rows):
             launch_tiles(block_tb, references, tiles, sweeps, fit, here)
     return fit
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
-
-
-def _architecture(device: torch.device) -> int:
-    """Of the launch table. The interpreter takes the one with the smallest tiles."""
-    return architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0))
 
 
 def _parts(W_tb: Tensor, block_rows: int, *, padded: bool = True) -> Iterator[tuple[Tensor, slice]]:
@@ -153,7 +129,7 @@ def launch_rows(
     """Fit the rows of a time-major W_tb into the outputs ``here``."""
     snapshots, rows = W_tb.shape
     count = len(references.distinct)
-    KERNELS.assign_and_fit_kernel[(-(-rows // launch.block_rows),)](
+    BY_ROWS.kernels.assign_and_fit_kernel[(-(-rows // launch.block_rows),)](
         W_tb,
         *_packed(references, count, W_tb.device),
         *_outputs(fit, here),
@@ -177,7 +153,7 @@ def launch_tiles(
     """Fit the rows of an aligned W_tb, contiguous in either direction, into the outputs ``here``."""
     snapshots, rows = W_tb.shape
     time_major = W_tb.stride(1) == 1
-    TILE_KERNELS.assign_and_fit_tile_kernel[(-(-rows // launch.block_rows),)](
+    ON_TILES.kernels.assign_and_fit_tile_kernel[(-(-rows // launch.block_rows),)](
         W_tb,
         *_packed_tiles(references, sweeps * launch.references, W_tb.device),
         *_outputs(fit, here),

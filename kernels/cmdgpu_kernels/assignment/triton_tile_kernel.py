@@ -16,7 +16,7 @@ import triton.language as tl
 from cmdgpu_kernels.assignment.triton_epilogue import store_fit
 from cmdgpu_kernels.device_math import merge_moments, split_tf32
 
-__all__ = ["assign_and_fit_tile_kernel"]
+__all__ = ["INTERPRETED", "assign_and_fit_tile_kernel"]
 
 
 @triton.jit
@@ -149,3 +149,7 @@ def assign_and_fit_tile_kernel(
         EVEN,
         MARGIN,
     )
+
+
+INTERPRETED = not isinstance(assign_and_fit_tile_kernel, triton.JITFunction)
+"""TRITON_INTERPRET was set when the kernel was decorated: it runs on the CPU, for tests of its logic."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -11,27 +10,19 @@ from torch import Tensor
 
 from cmdgpu_kernels.dispatch import Problem
 from cmdgpu_kernels.gram.sums import GRANULE, Gram
-from cmdgpu_kernels.tuning import GRAM, GRAM_CAREFUL, GramLaunch, architecture
+from cmdgpu_kernels.triton_here import architecture_of, current, triton_module
+from cmdgpu_kernels.tuning import GRAM, GRAM_CAREFUL, GramLaunch
 
 __all__ = ["TOLERANCE", "multiply", "refusals", "refusals_interpreted", "run"]
 
 
-def _kernels() -> tuple[Any, str | None]:
-    """The module of kernels, or why there is none. A triton that is there but broken is not hidden."""
-    try:
-        import triton  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
-    except ImportError as error:
-        return None, f"triton cannot be imported: {error}"
-    from cmdgpu_kernels.gram import triton_kernel
-
-    return triton_kernel, None
-
-
-KERNELS, ABSENT = _kernels()
-INTERPRETED: bool = ABSENT is None and KERNELS.INTERPRETED
+TRITON = triton_module("gram.triton_kernel")
 
 PRODUCTS_BYTES = 128 * 2**20
 """Products of granules that wait to be added up, at most; one at least."""
+
+_FEWEST_TURNS = (9, 0)
+"""Capability with the largest blocks: each turn of a loop costs the interpreter alike."""
 
 MARKED_ROWS = 256
 """Rows of a program that looks for rows to leave out."""
@@ -44,38 +35,31 @@ TOLERANCE = {"float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
 
 def refusals(problem: Problem) -> tuple[str, ...]:
     """Every reason why the compiled kernels cannot serve the problem."""
-    reasons = [f"needs a CUDA device, got {problem.device!r}"] if problem.device != "cuda" else []
-    if INTERPRETED:
-        reasons.append("TRITON_INTERPRET was set when the kernels were imported")
-    return (*reasons, *_refusals(problem))
+    return (*TRITON.refusals(problem), *_refusals(problem))
 
 
 def refusals_interpreted(problem: Problem) -> tuple[str, ...]:
     """Every reason why Triton's interpreter cannot serve the problem."""
-    reasons = [f"needs the CPU, got {problem.device!r}"] if problem.device != "cpu" else []
-    if ABSENT is None and not INTERPRETED:
-        reasons.append("TRITON_INTERPRET=1 was not set before the kernels were imported")
-    return (*reasons, *_refusals(problem))
+    return (*TRITON.refusals_interpreted(problem), *_refusals(problem))
 
 
 def _refusals(problem: Problem) -> list[str]:
-    reasons = [] if ABSENT is None else [ABSENT]
     if problem.dtype not in DTYPES:
-        reasons.append(f"dtype {problem.dtype} (supported: {', '.join(DTYPES)})")
-    return reasons
+        return [f"dtype {problem.dtype} (supported: {', '.join(DTYPES)})"]
+    return []
 
 
 def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
     """Sum the rows of W_tb, (T, B) with any strides. ``threads`` means nothing here."""
     snapshots, rows = W_tb.shape
     device = W_tb.device
-    launch = GRAM[_architecture(device)]
+    launch = GRAM[architecture_of(device, _FEWEST_TURNS)]
     tile, tiles = launch.tiles(snapshots)
     width = tile * tiles
     at_once = max(PRODUCTS_BYTES // (4 * width * width), 1)
     high_tt, rest_tt = torch.zeros(2, width, width, dtype=torch.float64, device=device)
     left_out = 0
-    with _on(device):
+    with current(device):
         S_gtt = torch.empty(
             min(at_once, -(-rows // GRANULE)), width, width, dtype=torch.float32, device=device
         )
@@ -86,20 +70,11 @@ def run(W_tb: Tensor, *, threads: int | None = None) -> Gram:
             if step_n != 1 and (step_t != 1 or step_n * MOST_ROWS >= 2**31):
                 block_tb = block_tb.contiguous()
             left_out += multiply(block_tb, launch, S_gtt)
-            KERNELS.add_granules_kernel[(width * width // 256,)](
+            TRITON.kernels.add_granules_kernel[(width * width // 256,)](
                 S_gtt, high_tt, rest_tt, -(-block_tb.shape[1] // GRANULE), WIDTH=width, BLOCK=256
             )
     high, rest = (part[:snapshots, :snapshots].cpu().numpy().copy() for part in (high_tt, rest_tt))
     return Gram.unpacked(high, rest, left_out)
-
-
-def _architecture(device: torch.device) -> int:
-    # The interpreter takes the launch with the fewest turns.
-    return architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else max(GRAM)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
 def multiply(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor) -> int:
@@ -108,7 +83,7 @@ def multiply(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor) -> int:
     granules = -(-rows // GRANULE)
     _, tiles = launch.tiles(snapshots)
     flag_gi = torch.empty(granules, tiles, dtype=torch.int32, device=W_tb.device)
-    KERNELS.gram_kernel[(granules, tiles, tiles)](
+    TRITON.kernels.gram_kernel[(granules, tiles, tiles)](
         W_tb, S_gtt, flag_gi, rows, **_cut(W_tb, launch.halved(snapshots))
     )
     # The device is waited for here: what comes next depends on the rows.
@@ -120,12 +95,12 @@ def _multiply_carefully(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor, which_k
     """The same for some of the granules, with each of their rows looked at."""
     snapshots, rows = W_tb.shape
     _, tiles = launch.tiles(snapshots)
-    launch = replace(GRAM_CAREFUL[_architecture(W_tb.device)], many=launch.many)
+    launch = replace(GRAM_CAREFUL[architecture_of(W_tb.device, _FEWEST_TURNS)], many=launch.many)
     left_out_k = torch.zeros(len(which_k), dtype=torch.int32, device=W_tb.device)
     counted_n = torch.ones(rows if tiles > 1 else 1, dtype=torch.int8, device=W_tb.device)
     if tiles > 1:
         # No program sees a whole row.
-        KERNELS.mark_rows_kernel[(len(which_k), GRANULE // MARKED_ROWS)](
+        TRITON.kernels.mark_rows_kernel[(len(which_k), GRANULE // MARKED_ROWS)](
             W_tb,
             which_k,
             counted_n,
@@ -136,7 +111,7 @@ def _multiply_carefully(W_tb: Tensor, launch: GramLaunch, S_gtt: Tensor, which_k
             GRANULE=GRANULE,
             BLOCK_N=MARKED_ROWS,
         )
-    KERNELS.careful_kernel[(len(which_k), tiles, tiles)](
+    TRITON.kernels.careful_kernel[(len(which_k), tiles, tiles)](
         W_tb, which_k, counted_n, S_gtt, left_out_k, rows, **_cut(W_tb, launch)
     )
     return rows - int(counted_n.sum()) if tiles > 1 else int(left_out_k.sum())
