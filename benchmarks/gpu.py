@@ -188,13 +188,14 @@ def faults(device: torch.device, sizes: Sizes) -> Iterator[str]:
             yield from faults_of(block, device, sizes)
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read by the children
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         for found in pool.map(faults_of, blocks, [device] * len(blocks), [sizes] * len(blocks)):
             yield from found
 
 
 def faults_of(block: Checked, device: torch.device, sizes: Sizes) -> list[str]:
-    torch.set_num_threads(1)
     T = block.snapshots
     W_tb = walks(sizes.correct_rows, T, block.dtype, device, 1 if block.layout == "ragged" else PADDING)
     W_tb[T // 2, 0], W_tb[0, 1], W_tb[:, 2] = torch.nan, torch.inf, 0.1
