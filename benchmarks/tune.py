@@ -31,7 +31,9 @@ from cmdgpu_kernels.gram.sums import GRANULE  # noqa: E402
 from cmdgpu_kernels.tuning import (  # noqa: E402
     ASSIGN_AND_FIT,
     GRAM,
+    GRAM_HOPPER,
     GramLaunch,
+    HopperGramLaunch,
     TileLaunch,
     TimeMajorLaunch,
     architecture,
@@ -44,7 +46,7 @@ from benchmarks.gpu import Clock, copies, profiles, walks  # noqa: E402
 from benchmarks.machine import machine, results_file  # noqa: E402
 from benchmarks.run import write_results  # noqa: E402
 
-Launch = TimeMajorLaunch | TileLaunch | GramLaunch
+Launch = TimeMajorLaunch | TileLaunch | GramLaunch | HopperGramLaunch
 
 SNAPSHOTS = 100
 COMPILED_ROWS = 1 << 14
@@ -73,8 +75,11 @@ class Candidate:
         here = architecture(torch.cuda.get_device_capability())
         itemsize = getattr(torch, self.dtype).itemsize
         time_major = self.layout == "time-major"
+        if isinstance(self.launch, HopperGramLaunch):
+            return self.launch == GRAM_HOPPER
         if isinstance(self.launch, GramLaunch):
-            return self.launch == GRAM[here]
+            # Where the other kernel does not serve.
+            return self.launch == GRAM[here] and not time_major
         if isinstance(self.launch, TimeMajorLaunch):
             chosen = ASSIGN_AND_FIT[self.dtype].choose(self.modes)
             return chosen is not None and self.launch == replace(chosen, most=self.modes)
@@ -83,7 +88,7 @@ class Candidate:
         return self.launch == tiles_of(here, itemsize, time_major=time_major, references=self.modes)[0]
 
     def prepared(self, W_tb: Tensor) -> Callable[[], object]:
-        if isinstance(self.launch, GramLaunch):
+        if isinstance(self.launch, GramLaunch | HopperGramLaunch):
             return self._gram(W_tb, self.launch)
         references = kernels.prepare_references(profiles(self.modes, len(W_tb)))
         rows = slice(0, W_tb.shape[1])
@@ -94,9 +99,11 @@ class Candidate:
         by_tiles, sweeps = self.launch, -(-self.modes // self.launch.references)
         return lambda: assignment.launch_tiles(W_tb, references, by_tiles, sweeps, fit, rows)
 
-    def _gram(self, W_tb: Tensor, launch: GramLaunch) -> Callable[[], object]:
-        tile, tiles = launch.tiles(len(W_tb))
+    def _gram(self, W_tb: Tensor, launch: GramLaunch | HopperGramLaunch) -> Callable[[], object]:
+        tile, tiles = GRAM[90].tiles(len(W_tb))
         S_gtt = torch.empty(-(-W_tb.shape[1] // GRANULE), *[tile * tiles] * 2, device=W_tb.device)
+        if isinstance(launch, HopperGramLaunch):
+            return lambda: gram.multiply_on_hopper(W_tb, launch, S_gtt)
         return lambda: gram.multiply(W_tb, launch, S_gtt)
 
 
@@ -123,6 +130,8 @@ def _gram() -> Iterator[Candidate]:
         if warps == 4 and stages > 3:
             continue
         yield Candidate("gram", dtype, layout, 0, GramLaunch(rows, warps, stages, GRAM[90].many))
+    for dtype, warps, stages in product(("float32", "bfloat16"), (4, 8, 16), (2, 3, 4)):
+        yield Candidate("gram", dtype, "time-major", 0, HopperGramLaunch(GRAM[90].block_rows, warps, stages))
 
 
 # ---- compile, then time ---------------------------------------------------------------------------------

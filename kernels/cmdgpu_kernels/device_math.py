@@ -84,6 +84,8 @@ def _turn_ring(
     STEPS: tl.constexpr,  # at most as many as the ring holds
     COUNT: tl.constexpr,
     EVEN: tl.constexpr,
+    MORE: tl.constexpr,  # snapshots are still to come
+    CLAMP: tl.constexpr,  # perhaps fewer than STEPS of them
 ):
     """Add the ring's first STEPS snapshots to the sums; each makes room for the next one to come."""
     w, coming, left, z = ring
@@ -91,24 +93,33 @@ def _turn_ring(
     loaded = ()
     for k in tl.static_range(STEPS):
         x = w[k] - pivot
-        # At the end the last snapshot is read again: from a cache, and for nobody.
-        loaded = loaded + (load_rows(coming, lane, live, EVEN),)
-        coming += tl.minimum(left, 1) * ld
-        left = tl.maximum(left - 1, 0)
+        if MORE:
+            loaded = loaded + (load_rows(coming, lane, live, EVEN),)
+            if CLAMP:
+                # The last snapshot is read again: from a cache, and for nobody.
+                coming += tl.minimum(left, 1) * ld
+                left = tl.maximum(left - 1, 0)
+            else:
+                coming += ld
         s1 += x
         s2 = tl.fma(x, x, s2)
         longer = ()
-        for i in tl.static_range(COUNT):
-            # A uniform scalar load: no shared memory, no barrier.
-            longer = longer + (tl.fma(x, tl.load(z + i), d[i]),)
+        for pair in tl.static_range((COUNT + 1) // 2):
+            # A uniform scalar load: no shared memory, no barrier; two at once, as these loads are what the
+            # load units are busy with.
+            both = tl.load(z + pair)
+            longer = longer + (tl.fma(x, both.to(tl.int32).to(tl.float32, bitcast=True), d[2 * pair]),)
+            if 2 * pair + 1 < COUNT:
+                second = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+                longer = longer + (tl.fma(x, second, d[2 * pair + 1]),)
         d = longer
-        z += COUNT
+        z += (COUNT + 1) // 2
     return (w[STEPS:] + loaded, coming, left, z), (s1, s2, d)
 
 
 @triton.jit
 def sum_partial(
-    ring,  # see fill_ring, and a pointer to the partial's first row of references
+    ring,  # see fill_ring, and a pointer to the partial's first row of pairs of references
     d,  # sums of x z_m of the partials before
     lane,
     live,
@@ -119,14 +130,19 @@ def sum_partial(
     BLOCK_N: tl.constexpr,
     RING: tl.constexpr,
     EVEN: tl.constexpr,
+    LAST: tl.constexpr,  # no snapshot comes after it
+    CLAMP: tl.constexpr,  # fewer than RING do
 ):
     """Sums of x, x^2 and x z_m over STEPS snapshots, with x = w - pivot; and the ring after them."""
     none = tl.zeros([BLOCK_N], tl.float32)
     sums = (none, none, d)
-    for _ in tl.range(0, STEPS // RING):
-        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, COUNT, EVEN)
-    if STEPS % RING != 0:
-        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, STEPS % RING, COUNT, EVEN)
+    LOADED: tl.constexpr = max(STEPS - RING, 0) if LAST else STEPS
+    for _ in tl.range(0, LOADED // RING):
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, RING, COUNT, EVEN, True, CLAMP)
+    if LOADED % RING != 0:
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, LOADED % RING, COUNT, EVEN, True, CLAMP)
+    if LAST:
+        ring, sums = _turn_ring(ring, sums, lane, live, pivot, ld, STEPS - LOADED, COUNT, EVEN, False, CLAMP)
     return ring, sums
 
 

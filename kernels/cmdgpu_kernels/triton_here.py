@@ -42,13 +42,21 @@ class TritonModule:
         return reasons if self.absent is None else [*reasons, self.absent]
 
 
-def triton_module(name: str) -> TritonModule:
-    """Import ``cmdgpu_kernels.<name>`` where triton is. A triton that is there but broken is not hidden."""
+def triton_module(name: str, *, optional: bool = False) -> TritonModule:
+    """Import ``cmdgpu_kernels.<name>`` where triton is. A triton that is there but broken is not hidden.
+
+    An ``optional`` module asks for parts of triton that not every version has.
+    """
     try:
         import triton  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
     except ImportError as error:
         return TritonModule(None, f"triton cannot be imported: {error}")
-    return TritonModule(import_module(f"cmdgpu_kernels.{name}"), None)
+    try:
+        return TritonModule(import_module(f"cmdgpu_kernels.{name}"), None)
+    except (ImportError, AttributeError) as error:
+        if not optional:
+            raise
+        return TritonModule(None, f"this triton lacks something: {error}")
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

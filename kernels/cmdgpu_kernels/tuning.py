@@ -20,8 +20,10 @@ __all__ = [
     "ASSIGN_AND_FIT",
     "GRAM",
     "GRAM_CAREFUL",
+    "GRAM_HOPPER",
     "SHARED_BYTES",
     "GramLaunch",
+    "HopperGramLaunch",
     "TileLaunch",
     "TimeMajorLaunch",
     "TimeMajorTable",
@@ -67,22 +69,28 @@ class TimeMajorTable:
         return next((launch for launch in self.launches if references <= launch.most), None)
 
 
-_SIXTEEN_BITS = TimeMajorTable((TimeMajorLaunch(5, 256, 2, 8), TimeMajorLaunch(16, 256, 2, 4)))
+_SIXTEEN_BITS = TimeMajorTable(
+    (TimeMajorLaunch(5, 512, 4, 8), TimeMajorLaunch(8, 512, 4, 6), TimeMajorLaunch(16, 512, 4, 4))
+)
 
 ASSIGN_AND_FIT: Mapping[str, TimeMajorTable] = MappingProxyType(
     {
-        # Two rows a thread from 3 references on: half the registers, twice the programs that wait for memory.
-        # 4,118 at 2; 4,054 at 5, 3,891 at 8, 3,495 at 10, 2,749 at 16; 2,043 at 24, 1,370 at 32. Tiles make
-        # 1,348 at 16 and 1,094 at 32.
+        # Two rows a thread, but for few references, or four: half the registers, twice the programs that
+        # wait for memory. 4,161 at 5; 4,076 at 8 (3,952 with four rows); 3,870 at 10 (3,696 with four warps),
+        # 2,949 at 16, 1,519 at 32 (1,574 with a ring of 8, which spills from T = 257 on). Tiles make 1,348 at
+        # 16 and 1,094 at 32.
         "float32": TimeMajorTable(
             (
                 TimeMajorLaunch(2, 256, 2, 8),
-                TimeMajorLaunch(16, 256, 4, 8),
+                TimeMajorLaunch(5, 512, 4, 8),
+                TimeMajorLaunch(8, 256, 4, 8),
+                TimeMajorLaunch(10, 256, 2, 8),
+                TimeMajorLaunch(16, 256, 4, 4),
                 TimeMajorLaunch(32, 256, 4, 4),
             )
         ),
-        # 3,854 at 1, 3,006 at 5; 2,222 at 8, 2,084 at 10, 1,377 at 16. Tiles make 535 at 16. Eight rows a
-        # thread read 10 % faster at 8 and 10, but spill from T = 257 on.
+        # 3,247 at 5, 2,518 at 8, 2,289 at 10 and 1,398 at 16 with a ring of 8, which
+        # spills from T = 257 on. Tiles make 535 at 16.
         "float16": _SIXTEEN_BITS,
         "bfloat16": _SIXTEEN_BITS,
     }
@@ -189,6 +197,24 @@ GRAM: Mapping[int, GramLaunch] = MappingProxyType(
         90: GramLaunch(block_rows=64, warps=8, stages=4, many=128),
     }
 )
+
+
+@dataclass(frozen=True)
+class HopperGramLaunch:
+    """How it is cut where products are made while the next ones are prepared."""
+
+    block_rows: int
+    """Rows of a product: those of ``GRAM``, for the same sums in the same order."""
+    warps: int
+    stages: int
+    """Blocks of rows under way or here."""
+
+
+# 197 KB, 247 registers. 2,823 with a product added up after every block of rows, where GRAM makes 2,239; what
+# two blocks to an accumulator bring is not timed. Three stages make 2,711, sixteen warps 2,592, products of 32
+# rows 2,396; other warps that split rows than multiply, 2,793. 2,048 multiplications a clock and core are asked
+# of tensor cores that then draw the most power: about two thirds of what they can.
+GRAM_HOPPER = HopperGramLaunch(block_rows=64, warps=8, stages=4)
 
 GRAM_CAREFUL: Mapping[int, GramLaunch] = MappingProxyType(
     {

@@ -25,12 +25,20 @@ from typing import Any
 import triton
 from cmdgpu_kernels.assignment.triton_kernel import assign_and_fit_kernel
 from cmdgpu_kernels.assignment.triton_tile_kernel import assign_and_fit_tile_kernel
+from cmdgpu_kernels.gram.hopper_kernel import hopper_gram_kernel
 from cmdgpu_kernels.gram.sums import GRANULE
-from cmdgpu_kernels.gram.triton_kernel import add_granules_kernel, careful_kernel, gram_kernel
+from cmdgpu_kernels.gram.triton_impl import ADDED, AT_ONCE
+from cmdgpu_kernels.gram.triton_kernel import (
+    add_granules_kernel,
+    careful_kernel,
+    gram_kernel,
+    gram_tiles_kernel,
+)
 from cmdgpu_kernels.limits import PARTIAL, SEGMENT
-from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, GRAM, GRAM_CAREFUL, tiles_of
+from cmdgpu_kernels.tuning import ASSIGN_AND_FIT, GRAM, GRAM_CAREFUL, GRAM_HOPPER, tiles_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 ELEMENT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -51,6 +59,7 @@ class Launch:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
+    source: Any = ASTSource
 
 
 def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str]) -> Launch:
@@ -61,7 +70,7 @@ def rows(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
         assign_and_fit_kernel,
         {
             "W_tb": f"*{ELEMENT[dtype]}",
-            "Z_tm": "*fp32",
+            "Z_tp": "*i64",
             "tail_cm": "*fp32",
             **LOOKED_UP,
             **OUTPUTS,
@@ -124,17 +133,21 @@ def gram(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
     launch = GRAM_CAREFUL[capability] if careful else GRAM[capability].halved(snapshots)
     tile, count = launch.tiles(snapshots)
     time_major = "row-major" not in flags
-    pointers = (
-        {"which_k": "*i64", "counted_n": "*i8", "left_out_k": "*i32"} if careful else {"flag_gi": "*i32"}
-    )
+    pointers = {"which_k": "*i64", "counted_n": "*i8", "left_out_k": "*i32"}
+    tiled = {"TILE": tile, "TILES": count}
+    if careful:
+        kernel, cut = careful_kernel, tiled
+    elif count == 1:
+        kernel, pointers, cut = gram_kernel, {"flag_g": "*i32"}, {"TILE": tile}
+    else:
+        kernel, pointers, cut = gram_tiles_kernel, {"flag_gi": "*i32"}, tiled
     return Launch(
-        careful_kernel if careful else gram_kernel,
+        kernel,
         {"W": f"*{ELEMENT[dtype]}", "S_gtt": "*fp32", **pointers, "N": "i64", "ld": "i64"},
         {
             "LD": 0 if time_major else row_stride(dtype, snapshots),
             "T": snapshots,
-            "TILE": tile,
-            "TILES": count,
+            **cut,
             "GRANULE": GRANULE,
             "BLOCK_N": launch.block_rows,
             "STAGES": launch.stages,
@@ -144,17 +157,36 @@ def gram(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str
     )
 
 
+def pipelined(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str]) -> Launch:
+    """``gram_matrix`` of Hopper: a product is made while the next one is prepared."""
+    tile, _ = GRAM[capability].tiles(snapshots)
+    return Launch(
+        hopper_gram_kernel,
+        {"W": f"*{ELEMENT[dtype]}", "S_gtt": "*fp32", "flag_g": "*i32", "N": "i64", "ld": "i64"},
+        {
+            "T": snapshots,
+            "TILE": tile,
+            "GRANULE": GRANULE,
+            "BLOCK_N": GRAM_HOPPER.block_rows,
+            "STAGES": GRAM_HOPPER.stages,
+            "num_warps": GRAM_HOPPER.warps,
+        },
+        {"num_warps": GRAM_HOPPER.warps, "enable_fp_fusion": False},
+        GluonASTSource,
+    )
+
+
 def granules(capability: int, dtype: str, snapshots: int, modes: int, flags: set[str]) -> Launch:
     """The sum of granules in float64."""
     return Launch(
         add_granules_kernel,
-        {"S_gtt": "*fp32", "high_tt": "*fp64", "rest_tt": "*fp64", "granules": "i32"},
-        {"WIDTH": 128, "BLOCK": 256},
-        {},
+        {"S_gtt": "*fp32", "skip_g": "*i32", "high_tt": "*fp64", "rest_tt": "*fp64", "granules": "i32"},
+        {"WIDTH": 128, "BLOCK": ADDED, "AT_ONCE": AT_ONCE},
+        {"num_warps": 2},
     )
 
 
-KERNELS = {function.__name__: function for function in (rows, tiles, gram, granules)}
+KERNELS = {function.__name__: function for function in (rows, tiles, gram, pipelined, granules)}
 
 
 def compiled(target: str, description: str) -> Any:
@@ -171,7 +203,7 @@ def compiled(target: str, description: str) -> Any:
     divisible = [name for name, kind in launch.types.items() if kind[0] == "*" or name in ("N", "ld")]
     divisible = [name for name in divisible if f"odd-{name}" not in flags]
     return triton.compile(
-        ASTSource(
+        launch.source(
             fn=launch.kernel,
             signature={**launch.types, **dict.fromkeys(launch.constants, "constexpr")},
             constexprs={(names.index(name),): value for name, value in launch.constants.items()},

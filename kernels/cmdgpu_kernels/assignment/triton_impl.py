@@ -131,7 +131,7 @@ def launch_rows(
     count = len(references.distinct)
     BY_ROWS.kernels.assign_and_fit_kernel[(-(-rows // launch.block_rows),)](
         W_tb,
-        *_packed(references, count, W_tb.device),
+        *_packed(references, W_tb.device),
         *_outputs(fit, here),
         rows,
         W_tb.stride(0),
@@ -175,24 +175,24 @@ def launch_tiles(
     )
 
 
-def _packed(references: References, width: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The distinct references, time-major and padded to ``width``, and what their winner is looked up in."""
-
+def _packed(references: References, device: torch.device) -> tuple[Tensor, ...]:
+    """The distinct references, time-major, two in one integer, and what their winner is looked up in."""
     which = references.distinct
 
-    def time_major(rows: NDArray[np.float32]) -> Tensor:
+    def time_major(rows: NDArray[np.float32], width: int) -> Tensor:
         padded = np.pad(rows[which].T, ((0, 0), (0, width - len(which))))
         # NumPy keeps the order of the transposed view, and torch keeps it too.
         return torch.tensor(np.ascontiguousarray(padded), device=device)
 
     def build() -> tuple[Tensor, ...]:
+        count = len(which)
         return (
-            time_major(references.z_mt),
-            time_major(references.tail_mc),
-            *_looked_up(references, width, device),
+            time_major(references.z_mt, count + count % 2).view(torch.int64),
+            time_major(references.tail_mc, count),
+            *_looked_up(references, count, device),
         )
 
-    return references.cached(("triton", width, device), build)
+    return references.cached(("triton", device), build)
 
 
 def _packed_tiles(references: References, width: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -30,6 +30,8 @@ def _add_partial(
     BLOCK_N: tl.constexpr,
     RING: tl.constexpr,
     EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Add STEPS snapshots to the sums, then move the pivot to their mean."""
     ring, tail, seen, pivot, step, mean, ss, d = state
@@ -37,7 +39,9 @@ def _add_partial(
     for i in tl.static_range(COUNT):
         # What the last step of the pivot takes out of this and all later partials.
         moved_d = moved_d + (tl.fma(step, tl.load(tail + i), d[i]),)
-    ring, sums = sum_partial(ring, moved_d, lane, live, pivot, ld, STEPS, COUNT, BLOCK_N, RING, EVEN)
+    ring, sums = sum_partial(
+        ring, moved_d, lane, live, pivot, ld, STEPS, COUNT, BLOCK_N, RING, EVEN, LAST, CLAMP
+    )
     s1, s2, d = sums
     mean, ss, mean_x = merge_moments(s1, s2, seen, mean, ss, STEPS)
     moved = pivot + mean_x
@@ -58,13 +62,16 @@ def _add_segment(
     BLOCK_N: tl.constexpr,
     RING: tl.constexpr,
     EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Add STEPS snapshots to the sums, in partials."""
-    for _ in tl.range(0, STEPS // PARTIAL):
-        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, BLOCK_N, RING, EVEN)
-    if STEPS % PARTIAL != 0:
-        state = _add_partial(state, lane, live, ld, STEPS % PARTIAL, COUNT, BLOCK_N, RING, EVEN)
-    return state
+    WHOLE: tl.constexpr = (STEPS - 1) // PARTIAL
+    for _ in tl.range(0, WHOLE):
+        state = _add_partial(state, lane, live, ld, PARTIAL, COUNT, BLOCK_N, RING, EVEN, False, CLAMP)
+    return _add_partial(
+        state, lane, live, ld, STEPS - WHOLE * PARTIAL, COUNT, BLOCK_N, RING, EVEN, LAST, CLAMP
+    )
 
 
 @triton.jit
@@ -91,17 +98,23 @@ def _sum_all(
     """
     none = tl.zeros([BLOCK_N], tl.float32)
     d = zeros(COUNT, BLOCK_N)
+    # Only what is added last can be shorter than the ring, and what comes before it then runs out of turns.
+    CLAMP: tl.constexpr = (T - 1) % PARTIAL + 1 < RING
     w, coming, left = fill_ring(corner, lane, live, ld, T, RING, EVEN)
     state = ((w, coming, left, z), tail, 0.0, pivot, none, none, none, d)
-    for _ in tl.range(0, T // SEGMENT if T > SEGMENT else 0):
-        state = _add_segment(state, lane, live, ld, SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN)
+    WHOLE: tl.constexpr = (T - 1) // SEGMENT
+    for _ in tl.range(0, WHOLE):
+        state = _add_segment(
+            state, lane, live, ld, SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN, False, CLAMP
+        )
         total = ()
         for i in tl.static_range(COUNT):
             total = total + (d[i] + state[7][i],)
         d = total
         state = state[:7] + (zeros(COUNT, BLOCK_N),)
-    REST: tl.constexpr = T if T <= SEGMENT else T % SEGMENT
-    state = _add_segment(state, lane, live, ld, REST, PARTIAL, COUNT, BLOCK_N, RING, EVEN)
+    state = _add_segment(
+        state, lane, live, ld, T - WHOLE * SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN, True, CLAMP
+    )
     total = ()
     for i in tl.static_range(COUNT):
         total = total + (d[i] + state[7][i],)
@@ -111,7 +124,7 @@ def _sum_all(
 @triton.jit
 def assign_and_fit_kernel(
     W_tb,  # IN  (T, N)  a snapshot is contiguous; float32, float16 or bfloat16
-    Z_tm,  # IN  (T, COUNT)  float32, distinct references, centred, unit norm
+    Z_tp,  # IN  (T, ceil(COUNT / 2))  int64: pairs of float32 of distinct references, centred, unit norm
     tail_cm,  # IN  (partials, COUNT)  float32, sums of Z_tm from each partial on
     index_m,  # IN  (M,)    int32   the caller's number of each distinct reference
     mean_m,  # IN  (M,)    float32 mean of the raw reference
@@ -140,7 +153,7 @@ def assign_and_fit_kernel(
     pivot = spread_pivot(corner, lane, live, ld, T, EVEN)
 
     mean, ss, d = _sum_all(
-        corner, Z_tm, tail_cm, lane, live, pivot, ld, T, SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN
+        corner, Z_tp, tail_cm, lane, live, pivot, ld, T, SEGMENT, PARTIAL, COUNT, BLOCK_N, RING, EVEN
     )
     best = tl.zeros([BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_N], tl.float32)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cmdgpu_kernels.limits import LARGEST_SS
 
-__all__ = ["GRANULE", "LARGEST_SIZE", "Gram", "add_two"]
+__all__ = ["GRANULE", "LARGEST_SIZE", "Gram", "add_two", "symmetric"]
 
 F64 = NDArray[np.float64]
 
@@ -74,6 +74,12 @@ def add_two(high: F64, rest: F64, other: F64, other_rest: F64) -> tuple[F64, F64
     rests, smaller = _two_sum(rest, other_rest)
     total, error = _renormalised(total, error + rests)
     return _renormalised(total, error + smaller)
+
+
+def symmetric(high: F64, rest: F64) -> tuple[F64, F64]:
+    """The mean of a matrix and its transpose, each number held so."""
+    total, error = add_two(high, rest, high.T, rest.T)
+    return total / 2, error / 2
 
 
 def _two_sum(a: F64, b: F64) -> tuple[F64, F64]:

@@ -7,7 +7,7 @@
 ``gram_kernel`` holds the parts in float16, at twice the rate of TF32 and half its bytes. float16 spans
 little, so each snapshot of a granule is multiplied by a power of two, which the granule's first rows suggest.
 What came of it is looked at once, in the end: a granule whose rows do not fit, or may not all count, is
-flagged.
+flagged. Where a program cannot hold the products of all snapshots, ``gram_tiles_kernel`` makes tiles of them.
 ``careful_kernel`` computes a flagged granule again, in TF32, and looks at every row. Which of them answers
 depends on the rows of the granule and on nothing else.
 
@@ -27,7 +27,14 @@ import triton.language as tl
 from cmdgpu_kernels.device_math import round_split_tf32
 from cmdgpu_kernels.gram import sums
 
-__all__ = ["INTERPRETED", "add_granules_kernel", "careful_kernel", "gram_kernel", "mark_rows_kernel"]
+__all__ = [
+    "INTERPRETED",
+    "add_granules_kernel",
+    "careful_kernel",
+    "gram_kernel",
+    "gram_tiles_kernel",
+    "mark_rows_kernel",
+]
 
 LARGEST_SIZE = tl.constexpr(sums.LARGEST_SIZE)
 
@@ -87,38 +94,96 @@ def _halves(corner, offsets, first, mask, live, scale, less, RAGGED: tl.constexp
 
 
 @triton.jit
-def _product(
-    corner,
-    offsets_i,
-    offsets_j,
-    first,
-    mask_i,
-    mask_j,
-    live,
-    scale_i,
-    scale_j,
-    less_i,
-    less_j,
-    SAME: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """Product of two tiles over a block of rows, in an accumulator of its own.
-
-    Tensor cores truncate what they add to an old one.
-    """
-    high, low = _halves(corner, offsets_i, first, mask_i, live, scale_i, less_i, RAGGED)
-    if SAME:
-        product = tl.dot(high, tl.trans(low * 2.0))
-        return tl.dot(high, tl.trans(high), product)
+def _offsets(row, lane, ld, LD: tl.constexpr, TIME_MAJOR: tl.constexpr):
+    """Of each snapshot's values from the corner of a block."""
+    if TIME_MAJOR:
+        return row[:, None] * ld + lane[None, :]
     else:
-        high_j, low_j = _halves(corner, offsets_j, first, mask_j, live, scale_j, less_j, RAGGED)
-        product = tl.dot(low, tl.trans(high_j))
-        product = tl.dot(high, tl.trans(low_j), product)
-        return tl.dot(high, tl.trans(high_j), product)
+        return row[:, None] + lane[None, :] * LD
+
+
+@triton.jit
+def _product(high_i, low_i, high_j, low_j, SAME: tl.constexpr):
+    """Product of some snapshots with others, or the same ones, over a block of rows.
+
+    In an accumulator of its own: tensor cores truncate what they add to an old one.
+    """
+    if SAME:
+        product = tl.dot(high_i, tl.trans(low_i * 2.0))
+    else:
+        product = tl.dot(low_i, tl.trans(high_j))
+        product = tl.dot(high_i, tl.trans(low_j), product)
+    return tl.dot(high_i, tl.trans(high_j), product)
+
+
+@triton.jit
+def _looked_at(S, t, row, up, T: tl.constexpr):
+    """Of a product of some snapshots with themselves: 1 where each of them fits, and their sum of squares."""
+    # float16 overflows to inf, and inf and NaN of a row reach its own square: the diagonal tells.
+    square = tl.sum(tl.where(t[:, None] == t[None, :], S, 0.0), axis=1)
+    # Each condition is false of NaN. A snapshot of zeros is exact: see _exponents.
+    seen = (square >= LEAST_SQUARES) | (square == 0) | (row >= T)
+    down = _power(-up)
+    trace = tl.sum(tl.where(row < T, square * down * down, 0.0), axis=0)
+    return tl.min(seen.to(tl.int32), axis=0), trace
+
+
+@triton.jit
+def _scaled_back(S, up_i, up_j):
+    """Without the powers of two of either side."""
+    # Two nearly equal powers: what lies between S and the result is no further out than they are.
+    down = -(up_i[:, None] + up_j[None, :])
+    return S * _power(down >> 1) * _power(down - (down >> 1))
 
 
 @triton.jit
 def gram_kernel(
+    W,  # IN  (T, N) or (N, T)  float32, float16 or bfloat16
+    S_gtt,  # OUT (granules, TILE, TILE)  float32, to be averaged with its transpose
+    flag_g,  # OUT (granules,)  int32: 1 where the granule must be computed with care
+    N: tl.int64,
+    ld: tl.int64,  # elements between snapshots, when TIME_MAJOR
+    LD: tl.constexpr,  # elements between rows, when not
+    T: tl.constexpr,
+    TILE: tl.constexpr,  # at least T
+    GRANULE: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows of a product
+    STAGES: tl.constexpr,
+    TIME_MAJOR: tl.constexpr,
+):
+    granule = tl.program_id(0).to(tl.int64)
+    start = granule * GRANULE
+    here = tl.minimum(N - start, GRANULE).to(tl.int32)
+    t = tl.arange(0, TILE)
+    lane = tl.arange(0, BLOCK_N)
+    corner = W + start * (1 if TIME_MAJOR else LD)
+    first = lane if TIME_MAJOR else lane * LD
+    offsets = _offsets(t, lane, ld, LD, TIME_MAJOR)
+    mask = tl.broadcast_to((t < T)[:, None], (TILE, BLOCK_N))
+    up = _exponents(corner, t, lane, here, ld, LD, T, TIME_MAJOR)
+    scale = tl.where(t < T, _power(up), 0.0)
+    less = tl.where(t > 0, -1.0, 0.0)
+    S = tl.zeros([TILE, TILE], tl.float32)
+    # Of whole blocks only the snapshots are masked, alike in every turn.
+    even = here // BLOCK_N * BLOCK_N
+    for _ in tl.range(0, even, BLOCK_N, num_stages=STAGES):
+        high, low = _halves(corner, offsets, first, mask, None, scale, less, False)
+        S += _product(high, low, high, low, True)
+        corner += BLOCK_N * (1 if TIME_MAJOR else LD)
+    # At most once. A branch in its place costs registers.
+    for last in tl.range(even, here, BLOCK_N, num_stages=1):
+        high, low = _halves(corner, offsets, first, mask, last + lane < here, scale, less, True)
+        S += _product(high, low, high, low, True)
+    seen, trace = _looked_at(S, t, t, up, T)
+    # No row that does not count has a place in this; half of it is room for rounding.
+    good = (seen == 1) & (trace <= MOST_OF_A_TILE)
+    tl.store(flag_g + granule, 1 - good.to(tl.int32))
+    S_tt = S_gtt + granule * TILE * TILE
+    tl.store(S_tt + t[:, None] * TILE + t[None, :], _scaled_back(S, up, up))
+
+
+@triton.jit
+def gram_tiles_kernel(
     W,  # IN  (T, N) or (N, T)  float32, float16 or bfloat16
     S_gtt,  # OUT (granules, TILES * TILE, TILES * TILE)  float32, to be averaged with its transpose
     flag_gi,  # OUT (granules, TILES)  int32: 1 where the granule must be computed with care
@@ -129,11 +194,10 @@ def gram_kernel(
     TILE: tl.constexpr,  # snapshots of a tile
     TILES: tl.constexpr,
     GRANULE: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # rows of one product
+    BLOCK_N: tl.constexpr,  # rows of a product
     STAGES: tl.constexpr,
     TIME_MAJOR: tl.constexpr,
 ):
-    WHOLE: tl.constexpr = TILES == 1
     granule = tl.program_id(0).to(tl.int64)
     start = granule * GRANULE
     here = tl.minimum(N - start, GRANULE).to(tl.int32)
@@ -144,58 +208,38 @@ def gram_kernel(
         row, column = i * TILE + t, j * TILE + t
         lane = tl.arange(0, BLOCK_N)
         corner = W + start * (1 if TIME_MAJOR else LD)
-        # Of whole blocks only the snapshots are masked, alike in every turn.
-        even = here // BLOCK_N * BLOCK_N
-        up_i = _exponents(corner, row, lane, here, ld, LD, T, TIME_MAJOR)
-        scale_i = tl.where(row < T, _power(up_i), 0.0)
-        less_i = tl.where(row > 0, -1.0, 0.0)
+        first = lane if TIME_MAJOR else lane * LD
+        offsets_i = _offsets(row, lane, ld, LD, TIME_MAJOR)
+        offsets_j = _offsets(column, lane, ld, LD, TIME_MAJOR)
         mask_i = tl.broadcast_to((row < T)[:, None], (TILE, BLOCK_N))
-        if TIME_MAJOR:
-            first = lane
-            offsets_i = row[:, None] * ld + lane[None, :]
-            offsets_j = column[:, None] * ld + lane[None, :]
-        else:
-            first = lane * LD
-            offsets_i = row[:, None] + lane[None, :] * LD
-            offsets_j = column[:, None] + lane[None, :] * LD
-        if WHOLE:
-            up_j, scale_j, less_j, mask_j = up_i, scale_i, less_i, mask_i
-        else:
-            up_j = _exponents(corner, column, lane, here, ld, LD, T, TIME_MAJOR)
-            scale_j = tl.where(column < T, _power(up_j), 0.0)
-            less_j = tl.where(column > 0, -1.0, 0.0)
-            mask_j = tl.broadcast_to((column < T)[:, None], (TILE, BLOCK_N))
+        mask_j = tl.broadcast_to((column < T)[:, None], (TILE, BLOCK_N))
+        up_i = _exponents(corner, row, lane, here, ld, LD, T, TIME_MAJOR)
+        up_j = _exponents(corner, column, lane, here, ld, LD, T, TIME_MAJOR)
+        scale_i = tl.where(row < T, _power(up_i), 0.0)
+        scale_j = tl.where(column < T, _power(up_j), 0.0)
+        less_i = tl.where(row > 0, -1.0, 0.0)
+        less_j = tl.where(column > 0, -1.0, 0.0)
         S = tl.zeros([TILE, TILE], tl.float32)
+        even = here // BLOCK_N * BLOCK_N
         for _ in tl.range(0, even, BLOCK_N, num_stages=STAGES):
-            S += _product(
-                corner, offsets_i, offsets_j, first, mask_i, mask_j, None,
-                scale_i, scale_j, less_i, less_j, WHOLE, False,
-            )  # fmt: skip
+            high_i, low_i = _halves(corner, offsets_i, first, mask_i, None, scale_i, less_i, False)
+            high_j, low_j = _halves(corner, offsets_j, first, mask_j, None, scale_j, less_j, False)
+            S += _product(high_i, low_i, high_j, low_j, False)
             corner += BLOCK_N * (1 if TIME_MAJOR else LD)
-        # At most once. A branch in its place costs registers.
         for last in tl.range(even, here, BLOCK_N, num_stages=1):
             live = last + lane < here
-            S += _product(
-                corner, offsets_i, offsets_j, first, mask_i, mask_j, live,
-                scale_i, scale_j, less_i, less_j, WHOLE, True,
-            )  # fmt: skip
+            high_i, low_i = _halves(corner, offsets_i, first, mask_i, live, scale_i, less_i, True)
+            high_j, low_j = _halves(corner, offsets_j, first, mask_j, live, scale_j, less_j, True)
+            S += _product(high_i, low_i, high_j, low_j, False)
         if i == j:
-            # float16 overflows to inf, and inf and NaN of a row reach its own square: the diagonal tells.
-            square = tl.sum(tl.where(t[:, None] == t[None, :], S, 0.0), axis=1)
-            # Each condition is false of NaN. A snapshot of zeros is exact: see _exponents.
-            seen = (square >= LEAST_SQUARES) | (square == 0) | (row >= T)
-            down = _power(-up_i)
-            # No row that does not count has a place in this; half of it is room for rounding.
-            trace = tl.sum(tl.where(row < T, square * down * down, 0.0), axis=0)
-            good = (tl.min(seen.to(tl.int32), axis=0) == 1) & (trace <= MOST_OF_A_TILE / TILES)
+            seen, trace = _looked_at(S, t, row, up_i, T)
+            good = (seen == 1) & (trace <= MOST_OF_A_TILE / TILES)
             tl.store(flag_gi + granule * TILES + i, 1 - good.to(tl.int32))
-        # Two nearly equal powers: what lies between S and the result is no further out than they are.
-        down = -(up_i[:, None] + up_j[None, :])
-        S = S * _power(down >> 1) * _power(down - (down >> 1))
         WIDTH: tl.constexpr = TILES * TILE
         S_tt = S_gtt + granule * WIDTH * WIDTH
+        S = _scaled_back(S, up_i, up_j)
         tl.store(S_tt + row[:, None] * WIDTH + column[None, :], S)
-        if not WHOLE and i < j:
+        if i < j:
             tl.store(S_tt + column[None, :] * WIDTH + row[:, None], S)
 
 
@@ -289,28 +333,45 @@ def mark_rows_kernel(
 @triton.jit
 def add_granules_kernel(
     S_gtt,  # IN  (granules, WIDTH, WIDTH)  float32
-    high_tt,  # IN, OUT (WIDTH, WIDTH)  float64: the sum so far, averaged with its transpose
+    skip_g,  # IN  (granules,)  int32: 1 where a granule is left out, whatever lies there
+    high_tt,  # IN, OUT (WIDTH, WIDTH)  float64: the sum so far
     rest_tt,  # IN, OUT (WIDTH, WIDTH)  float64: what rounding took from it
     granules,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # granules under way: an entry's sum is a chain, and memory is far
 ):
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    turned = entry % WIDTH * WIDTH + entry // WIDTH
     high = tl.load(high_tt + entry)
     rest = tl.load(rest_tt + entry)
-    S_tt = S_gtt
-    for _ in tl.range(0, granules):
-        S = tl.load(S_tt + entry).to(tl.float64) + tl.load(S_tt + turned).to(tl.float64)
-        half = S * 0.5
-        total = high + half
-        of_half = total - high
-        rest += (high - (total - of_half)) + (half - of_half)
-        high = total
+    S_tt = S_gtt + entry
+    whole = granules // AT_ONCE * AT_ONCE
+    for _ in tl.range(0, whole, AT_ONCE):
+        products = ()
+        for k in tl.static_range(AT_ONCE):
+            product = tl.load(S_tt + k * WIDTH * WIDTH)
+            products = products + (tl.where(tl.load(skip_g + k) != 0, 0.0, product),)
+        for k in tl.static_range(AT_ONCE):
+            high, rest = _add(high, rest, products[k])
+        S_tt += AT_ONCE * WIDTH * WIDTH
+        skip_g += AT_ONCE
+    for _ in tl.range(whole, granules):
+        high, rest = _add(high, rest, tl.where(tl.load(skip_g) != 0, 0.0, tl.load(S_tt)))
         S_tt += WIDTH * WIDTH
+        skip_g += 1
     total = high + rest
     tl.store(high_tt + entry, total)
     tl.store(rest_tt + entry, rest - (total - high))
+
+
+@triton.jit
+def _add(high, rest, product):
+    """high + rest + product, with what rounding takes."""
+    more = product.to(tl.float64)
+    total = high + more
+    of_more = total - high
+    rest += (high - (total - of_more)) + (more - of_more)
+    return total, rest
 
 
 INTERPRETED = not isinstance(gram_kernel, triton.JITFunction)
