@@ -1,4 +1,4 @@
-"""``gram_kernel`` for Hopper, in Triton's lower language Gluon: one product is made while the next is prepared
+"""``gram_kernel`` for Hopper, in Triton's lower language Gluon: a product is made while the next is prepared.
 
 What it computes is ``gram_kernel``'s. There a product is waited for before the next rows are looked at: the
 language knows of no other way. Here the rows of the next one are split into their halves meanwhile, and the
