@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from cmdgpu.results import (
 )
 from cmdgpu.sampling import check_sampling, draw_sample
 from cmdgpu.sources import StoreSource
-from cmdgpu.statistics import tensor_shares
+from cmdgpu.statistics import summarise_buffers, tensor_shares
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import nearest_steps
 from cmdgpu.store.parameter_map import TensorEntry
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cmdgpu.exporting import Export
     from cmdgpu.models import Patterns
     from cmdgpu.streaming.engine import PassReport
-    from cmdgpu.tensors import RowSource
+    from cmdgpu.tensors import Buffers, RowSource, Snapshot
 
 
 class CMD:
@@ -66,6 +66,9 @@ class CMD:
     After ``fit``: ``n_modes_``, ``references_`` (M, T), ``reference_rows_`` (M,), ``labels_``, ``a_``,
     ``b_``, ``correlation_`` (N,), ``metrics_``, ``linkage_``. A row that never moves has label -1, a = 0 and
     b = its value; a row with NaN or infinity has label -2 and b = NaN.
+
+    Buffers are fitted like parameters and counted apart: the sample, ``metrics_`` and ``summary()`` are about
+    parameters, ``buffer_metrics_`` about buffers. On the way back they come as they were recorded.
     """
 
     def __init__(
@@ -304,7 +307,10 @@ class CMD:
 
     @property
     def metrics_(self) -> dict[str, Any]:
-        """Counts, |corr|, R^2, error and bytes of the fit; speeds too when it ran in this process."""
+        """Counts, |corr|, R^2, error and bytes of the fit; speeds too when it ran in this process.
+
+        All but the bytes are about parameters.
+        """
         metrics = self.result.metrics
         n_rows, n_snapshots = self.result.frame.n_rows, len(self.steps_)
         itemsize = fmt.storage(self._stored_dtype).numpy.itemsize
@@ -316,6 +322,11 @@ class CMD:
             "trajectory_bytes": n_rows * n_snapshots * itemsize,
             **self._run,
         }
+
+    @property
+    def buffer_metrics_(self) -> dict[str, Any]:
+        """How well buffers are fitted, as ``metrics_`` says it of parameters."""
+        return summarise_buffers(self.result.totals, self.result.frame.map, len(self.steps_))
 
     @property
     def tensor_shares_(self) -> dict[str, list[int]]:
@@ -386,30 +397,37 @@ class CMD:
 
     # ---- rebuilding ---------------------------------------------------------------------------------
 
-    def state_dict(self, step: int, params: Patterns = None) -> OrderedDict[str, Tensor]:
+    def state_dict(
+        self, step: int, params: Patterns = None, *, buffers: Buffers = "recorded"
+    ) -> OrderedDict[str, Tensor]:
         """Every tensor at one step: parameters as a * reference + b, buffers as they were recorded.
 
         ``step`` is a fitted step (negative counts from the end), or any recorded one while the trajectory is
         at hand. ``params`` are regular expressions. Non-finite rows come back as NaN, with a warning that
-        names their tensors; buffers are left out, with a warning, when the trajectory is out of reach.
+        names their tensors.
+
+        buffers  "recorded"  verbatim from the trajectory; left out, with a warning, when it is out of reach
+                 "rebuilt"   as a * reference + b too, which can make a running variance negative
+                 "skip"      left out
         """
         from cmdgpu.tensors import select, state_dict
 
-        snapshot = self._snapshot(step)
-        self._warn_of_gaps([t.name for t in select(self.result.frame.map, params)], snapshot)
-        return state_dict(self.result.frame.map, snapshot, params)
+        snapshot = self._snapshot(self._label(step), buffers)
+        self._warn_of_gaps(select(self.result.frame.map, params), snapshot, buffers)
+        return state_dict(self.result.frame.map, snapshot, params, buffers)
 
-    def load_into(self, model: nn.Module, step: int) -> None:
+    def load_into(self, model: nn.Module, step: int, *, buffers: Buffers = "recorded") -> None:
         """Copy the rebuilt parameters of one step into the model, in place, a block at a time.
 
-        Buffers come from the recorded snapshot nearest to the step. Warns when the model keeps running
-        statistics: they belong to the trained weights. A ModelMismatch leaves the model untouched.
+        Buffers as ``state_dict`` gives them; those it leaves out keep the model's values. Warns once when the
+        model keeps running statistics: they belong to the trained weights. A ModelMismatch leaves the model
+        untouched.
         """
         from cmdgpu.tensors import load_into, warn_of_running_statistics
 
-        snapshot = self._snapshot(step)
+        snapshot = self._snapshot(self._label(step), buffers)
         load_into(model, self.result.frame.map, snapshot, str(self.result.path or "the fit"))
-        self._warn_of_gaps([t.name for t in self.result.frame.map], snapshot)
+        self._warn_of_gaps(self.result.frame.map.tensors, snapshot, buffers)
         warn_of_running_statistics(model)
 
     def export(
@@ -419,42 +437,41 @@ class CMD:
         format: str | None = None,
         *,
         params: Patterns = None,
+        buffers: Buffers = "recorded",
+        max_shard_size: int | str | None = None,
     ) -> Export:
-        """Write one rebuilt step as ``safetensors`` or ``pt`` (told by the suffix when not given)."""
+        """Write one rebuilt step as a file, ``safetensors`` or ``pt`` (told by the suffix), or as a folder.
+
+        format          ``dcp`` for torch.distributed.checkpoint, ``huggingface`` for shards as
+                        ``save_pretrained`` writes them; the folder must not be there yet
+        buffers         as in ``state_dict``
+        max_shard_size  of the shards: bytes, or ``"5GB"``, which is the default
+        """
         from cmdgpu.exporting import export_snapshot
         from cmdgpu.tensors import select
 
-        snapshot = self._snapshot(step)
-        export = export_snapshot(Path(path), self.result.frame.map, snapshot, format, params)
-        self._warn_of_gaps([t.name for t in select(self.result.frame.map, params)], snapshot)
+        label = self._label(step)
+        snapshot = self._snapshot(label, buffers)
+        export = export_snapshot(
+            Path(path),
+            self.result.frame.map,
+            snapshot,
+            format,
+            params,
+            buffers=buffers,
+            buffers_step=self._nearest_recorded(label) if buffers == "recorded" else None,
+            max_shard_size=max_shard_size,
+        )
+        self._warn_of_gaps(select(self.result.frame.map, params), snapshot, buffers)
         return export
 
-    def _snapshot(self, step: int) -> Callable[[TensorEntry], RowSource | None]:
-        references, label = self._references_at(step)
-        rebuilt = _RebuiltRows(self.result, references)
-        recorded: SnapshotReader | None = None
-        if self._trajectory is not None:
-            every = self._trajectory.recorded_steps
-            nearest = int(every[np.argmin(np.abs(every - label))])
-            recorded = self._trajectory.column(nearest)
-
-        def source_of(entry: TensorEntry) -> RowSource | None:
-            return rebuilt if entry.kind == "parameter" else recorded
-
-        return source_of
-
-    def _references_at(self, step: int) -> tuple[F64, int]:
-        """(M,) reference values at a step, and its label."""
+    def _label(self, step: int) -> int:
+        """A fitted step by its position from the end, or a fitted or recorded one by its label."""
         steps = self.steps_
         if -len(steps) <= step < 0:
-            step = int(steps[step])
-        found = np.flatnonzero(steps == step)
-        if len(found):
-            return self.references_[:, found[0]].astype(np.float64), step
-        if self._trajectory is not None and step in self._trajectory.recorded_steps:
-            column = self._trajectory.column(step)
-            values = [column.read(row, row + 1)[0] for row in self.reference_rows_.tolist()]
-            return np.array(values, dtype=np.float64), step
+            return int(steps[step])
+        if step in steps or (self._trajectory is not None and step in self._trajectory.recorded_steps):
+            return step
         known, what = steps, "was not fitted, and the trajectory is out of reach"
         if self._trajectory is not None:
             known, what = self._trajectory.recorded_steps, "was not recorded"
@@ -462,14 +479,49 @@ class CMD:
             what, file=self.result.path, step=step, hint=f"nearest: {nearest_steps(known, step)}"
         )
 
-    def _warn_of_gaps(self, names: list[str], snapshot: Callable[[TensorEntry], RowSource | None]) -> None:
+    def _snapshot(self, label: int, buffers: Buffers) -> Snapshot:
+        from cmdgpu.tensors import check_buffers
+
+        check_buffers(buffers, ("recorded", "rebuilt", "skip"))
+        rebuilt = _RebuiltRows(self.result, self._references_at(label))
+        nearest = self._nearest_recorded(label)
+        recorded: SnapshotReader | None = None
+        if buffers == "recorded" and self._trajectory is not None and nearest is not None:
+            recorded = self._trajectory.column(nearest)
+
+        def source_of(entry: TensorEntry) -> RowSource | None:
+            return rebuilt if entry.kind == "parameter" or buffers == "rebuilt" else recorded
+
+        return source_of
+
+    def _nearest_recorded(self, label: int) -> int | None:
+        """The step that recorded buffers come from; None when the trajectory is out of reach."""
+        if self._trajectory is None:
+            return None
+        every = self._trajectory.recorded_steps
+        return int(every[np.argmin(np.abs(every - label))])
+
+    def _references_at(self, label: int) -> F64:
+        """(M,) reference values at a step."""
+        found = np.flatnonzero(self.steps_ == label)
+        if len(found):
+            return self.references_[:, found[0]].astype(np.float64)
+        assert self._trajectory is not None
+        column = self._trajectory.column(label)
+        values = [column.read(row, row + 1)[0] for row in self.reference_rows_.tolist()]
+        return np.array(values, dtype=np.float64)
+
+    def _warn_of_gaps(self, entries: Sequence[TensorEntry], snapshot: Snapshot, buffers: Buffers) -> None:
         shares = self.tensor_shares_
-        parameter_map = self.result.frame.map
-        parameters = [n for n in names if parameter_map[n].kind == "parameter"]
-        if broken := [printable(name) for name in parameters if shares[name][0]]:
+        rebuilt = [t for t in entries if t.kind == "parameter" or buffers == "rebuilt"]
+        if broken := [printable(t.name) for t in rebuilt if shares[t.name][0]]:
             _warn(f"non-finite rows are NaN in {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}")
-        if left := [printable(name) for name in names if snapshot(parameter_map[name]) is None]:
-            _warn(f"the trajectory is out of reach: {len(left)} buffers are left out ({left[0]} first)")
+        left = [printable(t.name) for t in entries if snapshot(t) is None]
+        if left and buffers == "recorded":
+            _warn(
+                f"the trajectory is out of reach: {len(left)} buffers are left out ({left[0]} first); "
+                "put it back, or ask for buffers='rebuilt'"
+            )
 
 
 def _warn(text: str) -> None:

@@ -85,6 +85,10 @@ class DurabilityUnknown(CmdgpuError):
     """The disk failed after the commit became visible: reopen to learn which snapshots exist."""
 
 
+class RankLost(CmdgpuError):
+    """A rank of a training job is gone or does not answer, while all of them record one snapshot."""
+
+
 class WriteFailed(CmdgpuError):
     """The disk refused a write; what was visible before is visible still."""
 
@@ -95,6 +99,10 @@ class ModelMismatch(CmdgpuError):
 
 class UnsupportedTensor(CmdgpuError):
     """A tensor of a kind that has no place in a trajectory."""
+
+
+class CheckpointError(CmdgpuError):
+    """A checkpoint is not whole, not what it claims to be, or cannot be read without executing it."""
 
 
 class StepNotFound(CmdgpuError):

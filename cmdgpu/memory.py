@@ -31,7 +31,7 @@ def parse_bytes(text: int | str) -> int:
             raise UsageError(f"{text!r} is no number of bytes", hint="write 512MiB, 4GiB or 4000000000")
         number = int(float(match[1]) * _UNITS[match[2].upper()])
     if number <= 0:
-        raise UsageError(f"a memory limit of {text} leaves nothing", hint="write 512MiB, 4GiB or more")
+        raise UsageError(f"a size of {text} leaves nothing", hint="write 512MiB, 4GiB or more")
     return number
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cmdgpu.notation import F32, F64, I16, I64
+from cmdgpu.notation import F32, F64, I16, I64, BoolArray
 from cmdgpu.store.parameter_map import ParameterMap
 
 FIELDS: Final = ("count", "ss", "rss", "abs_corr", "corr2", "below_quantisation")
@@ -97,16 +97,32 @@ class Totals:
 
 def summarise(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> dict[str, Any]:
     """The numbers of ``metrics_``; buffers stand apart, so that "parameters" means parameters."""
-    is_parameter = np.array([tensor.kind == "parameter" for tensor in parameter_map], dtype=bool)
-    per_class = totals.tensors[is_parameter].sum(axis=0)
-    count, ss, rss, abs_corr, corr2, below = per_class
+    is_parameter = _is_parameter(parameter_map)
+    return {
+        "n_rows": int(totals.tensors[is_parameter, 0].sum()),
+        "n_buffer_rows": int(totals.tensors[~is_parameter, 0].sum()),
+        **_fit_of(totals.tensors[is_parameter], n_snapshots),
+        "mode_quantiles": [_quantiles(row) for row in totals.histogram],
+    }
+
+
+def summarise_buffers(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> dict[str, Any]:
+    """The same of buffers alone, but for the quantiles: their |corr| is in no histogram."""
+    sums = totals.tensors[~_is_parameter(parameter_map)]
+    return {"n_rows": int(sums[:, 0].sum()), **_fit_of(sums, n_snapshots)}
+
+
+def _is_parameter(parameter_map: ParameterMap) -> BoolArray:
+    return np.array([tensor.kind == "parameter" for tensor in parameter_map], dtype=bool)
+
+
+def _fit_of(tensors: F64, n_snapshots: int) -> dict[str, Any]:
+    count, ss, rss, abs_corr, corr2, below = tensors.sum(axis=0)
     moving = float(count[_FIRST_MODE:].sum())
     finite = float(count[1:].sum())
     energy, residual = float(ss[1:].sum()), float(rss[1:].sum())
     nothing = float("nan")
     return {
-        "n_rows": int(count.sum()),
-        "n_buffer_rows": int(totals.tensors[~is_parameter, 0].sum()),
         "n_constant": int(count[1]),
         "n_nonfinite": int(count[0]),
         "n_below_quantisation": int(below.sum()),
@@ -115,7 +131,6 @@ def summarise(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> 
         "r2": float(corr2[_FIRST_MODE:].sum()) / moving if moving else nothing,
         "r2_energy": 1.0 - residual / energy if energy else nothing,
         "weight_mse": residual / (finite * n_snapshots) if finite else nothing,
-        "mode_quantiles": [_quantiles(row) for row in totals.histogram],
     }
 
 

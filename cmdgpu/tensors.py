@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from cmdgpu.boxes import is_sharded, local_boxes
 from cmdgpu.errors import CmdgpuWarning, ModelMismatch, UsageError, printable
 from cmdgpu.models import Patterns, compile_patterns, named_tensors, unwrap
 from cmdgpu.notation import AnyArray
@@ -33,23 +35,82 @@ class RowSource(Protocol):
 Snapshot: TypeAlias = Callable[[TensorEntry], RowSource | None]
 """Where each tensor's numbers come from; None when it cannot be had."""
 
+Buffers: TypeAlias = Literal["recorded", "rebuilt", "skip"]
+"""What becomes of a model's buffers on the way back: verbatim from the recorded snapshot, as a * r + b like
+the parameters (which can make a running variance negative), or left out."""
+
+
+def check_buffers(buffers: Buffers, may_be: tuple[Buffers, ...]) -> None:
+    """Raises UsageError for another treatment of buffers than these."""
+    if buffers not in may_be:
+        raise UsageError(f"buffers cannot be {buffers!r} here", hint=f"have: {', '.join(may_be)}")
+
 
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
     return getattr(torch, entry.dtype)
 
 
 def flat_blocks(entry: TensorEntry, source: RowSource) -> Iterator[Tensor]:
-    """The tensor's elements in C order, in its own dtype, as 1-D blocks.
+    """The tensor's elements in C order, in its own dtype, as 1-D blocks of BLOCK_ROWS at most.
 
-    A tensor of one piece streams; a sharded one is assembled first.
+    A tensor in several pieces comes in slabs along its first axis, at least one index of it at a time.
     """
     if len(entry.pieces) > 1:
-        yield build(entry, source).reshape(-1)
+        yield from _slabs(entry, source)
         return
     for piece in entry.pieces:
         for start in range(piece.row, piece.stop, BLOCK_ROWS):
-            values = source.read(start, min(start + BLOCK_ROWS, piece.stop))
-            yield _elements(values, entry)
+            yield read_elements(entry, source, start, min(start + BLOCK_ROWS, piece.stop))
+
+
+def _slabs(entry: TensorEntry, source: RowSource) -> Iterator[Tensor]:
+    height = max(BLOCK_ROWS // max(math.prod(entry.shape[1:]), 1), 1)
+    rest = (0,) * (len(entry.shape) - 1)
+    for top in range(0, entry.shape[0], height):
+        slab = torch.empty((min(height, entry.shape[0] - top), *entry.shape[1:]), dtype=torch_dtype(entry))
+        fill_box(entry, source, (top, *rest), slab)
+        yield slab.view(-1)
+
+
+def fill_box(entry: TensorEntry, source: RowSource, offset: tuple[int, ...], box: Tensor) -> None:
+    """Copy into ``box`` the part of the tensor that begins at ``offset``.
+
+    Of every piece the slabs along its first axis are read in which the box lies: they are runs of its rows,
+    whichever axes the tensor was cut along.
+    """
+    if not offset:
+        offset, box = (0,), box.view(1)
+    for piece in entry.pieces:
+        origin, (n_first, *rest) = piece.offset or (0,), piece.size or (1,)
+        low = [max(o, p) for o, p in zip(offset, origin, strict=True)]
+        size = (n_first, *rest)
+        high = [min(o + n, p + m) for o, n, p, m in zip(offset, box.shape, origin, size, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        width = math.prod(rest)
+        here = [slice(a - p, b - p) for a, b, p in zip(low, high, origin, strict=True)]
+        there = [slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True)]
+        height = max(BLOCK_ROWS // width, 1)
+        for top in range(low[0], high[0], height):
+            bottom = min(top + height, high[0])
+            start = piece.row + (top - origin[0]) * width
+            run = read_elements(entry, source, start, start + (bottom - top) * width)
+            part = box[(slice(top - offset[0], bottom - offset[0]), *there[1:])]
+            part.copy_(run.view(bottom - top, *rest)[(slice(None), *here[1:])])
+
+
+def read_elements(entry: TensorEntry, source: RowSource, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor, flat and in its own dtype."""
+    if stop - start <= BLOCK_ROWS:
+        return _elements(source.read(start, stop), entry)
+    out = torch.empty(stop - start, dtype=torch_dtype(entry))
+    raw = raw_bytes(out)
+    for low in range(start, stop, BLOCK_ROWS):
+        high = min(low + BLOCK_ROWS, stop)
+        # copied as bytes: torch would wake its threads for every block, and wait for them on a busy machine
+        part = slice((low - start) * out.itemsize, (high - start) * out.itemsize)
+        raw[part] = raw_bytes(_elements(source.read(low, high), entry))
+    return out
 
 
 def _elements(values: AnyArray, entry: TensorEntry) -> Tensor:
@@ -78,8 +139,11 @@ def build(entry: TensorEntry, source: RowSource) -> Tensor:
     return out
 
 
-def select(parameter_map: ParameterMap, params: Patterns) -> list[TensorEntry]:
-    """Tensors one of whose names matches one of the regular expressions; all of them for None."""
+def select(parameter_map: ParameterMap, params: Patterns, buffers: Buffers = "recorded") -> list[TensorEntry]:
+    """Tensors one of whose names matches one of the regular expressions; all of them for None.
+
+    ``buffers="skip"`` leaves the buffers out. Raises UsageError when nothing is left.
+    """
     patterns = compile_patterns(params)
     names = {t.name: [t.name] for t in parameter_map}
     for alias, name in parameter_map.aliases.items():
@@ -90,15 +154,22 @@ def select(parameter_map: ParameterMap, params: Patterns) -> list[TensorEntry]:
     if not chosen:
         have = ", ".join(t.name for t in parameter_map.tensors[:5])
         raise UsageError(f"no tensor matches {params!r}", hint=f"have: {have}, ...")
+    if buffers == "skip":
+        chosen = [t for t in chosen if t.kind != "buffer"]
+        if not chosen:
+            raise UsageError("only buffers match, and buffers are skipped", hint="leave buffers='skip' out")
     return chosen
 
 
 def state_dict(
-    parameter_map: ParameterMap, snapshot: Snapshot, params: Patterns = None
+    parameter_map: ParameterMap,
+    snapshot: Snapshot,
+    params: Patterns = None,
+    buffers: Buffers = "recorded",
 ) -> OrderedDict[str, Tensor]:
     """Every selected tensor by name; tied names share one tensor, as in the model."""
     found: OrderedDict[str, Tensor] = OrderedDict()
-    for entry in select(parameter_map, params):
+    for entry in select(parameter_map, params, buffers):
         if (source := snapshot(entry)) is not None:
             found[entry.name] = build(entry, source)
     for alias, name in parameter_map.aliases.items():
@@ -111,7 +182,8 @@ def load_into(model: nn.Module, parameter_map: ParameterMap, snapshot: Snapshot,
     """Copy one snapshot into the model, in place, a block at a time.
 
     Every name and shape is checked before the first copy: a ModelMismatch leaves the model untouched.
-    Tensors the recording left out on purpose keep the model's own values.
+    Tensors the recording left out on purpose keep the model's own values. Of a sharded tensor this process
+    reads the box that it holds.
     """
     targets = {name: tensor for name, _, tensor in named_tensors(model)}
     _require_match(targets, parameter_map, path)
@@ -121,6 +193,10 @@ def load_into(model: nn.Module, parameter_map: ParameterMap, snapshot: Snapshot,
             if source is None:
                 continue
             target = targets[entry.name]
+            if is_sharded(target):
+                for (offset, _), values in local_boxes(entry.name, target):
+                    fill_box(entry, source, offset, values)
+                continue
             if not target.is_contiguous():
                 target.copy_(build(entry, source))
                 continue
@@ -166,14 +242,27 @@ def _require_match(targets: dict[str, Tensor], parameter_map: ParameterMap, path
             raise ModelMismatch("the model has it, the recording lacks it", file=path, tensor=name, hint=hint)
 
 
+_REACHED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""What ``update_bn`` measures anew; it passes by InstanceNorm."""
+
+
 def warn_of_running_statistics(model: nn.Module) -> None:
-    """Recorded BatchNorm statistics belong to the trained weights, not to rebuilt ones."""
-    for module in unwrap(model).modules():
-        if getattr(module, "running_mean", None) is not None:
-            warnings.warn(
-                f"{type(module).__name__} keeps running statistics of the trained weights; run "
-                "torch.optim.swa_utils.update_bn(loader, model) before judging rebuilt ones",
-                CmdgpuWarning,
-                stacklevel=3,
-            )
-            return
+    """Recorded running statistics belong to the trained weights, not to rebuilt ones: one warning says so."""
+    tracking = [
+        module
+        for module in unwrap(model).modules()
+        if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None
+    ]
+    if not tracking:
+        return
+    ways: list[str] = []
+    if any(isinstance(module, _REACHED) for module in tracking):
+        ways.append("run torch.optim.swa_utils.update_bn(loader, model)")
+    if passed := [type(module).__name__ for module in tracking if not isinstance(module, _REACHED)]:
+        ways.append(f"send batches through the model in train mode ({passed[0]} is not reached by update_bn)")
+    warnings.warn(
+        f"{type(tracking[0]).__name__} keeps running statistics of the trained weights; "
+        f"{' and '.join(ways)} before judging rebuilt ones",
+        CmdgpuWarning,
+        stacklevel=3,
+    )

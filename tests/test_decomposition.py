@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections import OrderedDict
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, ModelMismatch, StepNotFound, StoreExists, UsageError
+from cmdgpu.exporting import FORMATS
 from cmdgpu.notation import F64, AnyArray
 from cmdgpu.recording import Recorder
 from cmdgpu.store.parameter_map import ParameterMap, whole
+from cmdgpu.tensors import warn_of_running_statistics
 from cmdgpu.trajectory import Trajectory
 from tests.harness import check_equals_definition, fit_bits, planted, row_bits, walks, write_store
+from tests.loaders import LOADERS
 from tests.verbs import Net, bits, check_same_bits, flip_bit, float_tensors, net_at, scramble
 
 STEPS = (0, 10, 25, 40, 45, 60)
@@ -76,15 +80,17 @@ def is_buffer(name: str) -> bool:
     return "running" in name
 
 
-def rebuilt_by_hand(cmd: CMD, values_m: AnyArray) -> OrderedDict[str, Tensor]:
-    """a r + b from the rows themselves, cut into tensors by the map; parameters only."""
+def rebuilt_by_hand(
+    cmd: CMD, values_m: AnyArray, kinds: tuple[str, ...] = ("parameter",)
+) -> OrderedDict[str, Tensor]:
+    """a r + b from the rows themselves, cut into tensors by the map."""
     mode, a, b = (np.asarray(rows) for rows in (cmd.labels_, cmd.a_, cmd.b_))
     padded = np.concatenate([values_m.astype(np.float64), [0.0, 0.0]])
     rows: F64 = a.astype(np.float64) * padded[mode] + b
     rows[mode == -2] = np.nan
     found: OrderedDict[str, Tensor] = OrderedDict()
     for entry in cmd.result.frame.map:
-        if entry.kind == "parameter":
+        if entry.kind in kinds:
             start = entry.pieces[0].row if entry.pieces else 0
             flat = torch.as_tensor(rows[start : start + entry.n_rows].astype(np.float32))
             found[entry.name] = flat.reshape(entry.shape).to(getattr(torch, entry.dtype))
@@ -189,6 +195,47 @@ def test_without_the_trajectory_buffers_are_left_out_with_a_warning(folder: Path
     with pytest.warns(CmdgpuWarning, match="running statistics"), pytest.warns(match="out of reach"):
         cmd.load_into(model, 40)
     assert {name: bits(tensor) for name, tensor in buffers(float_tensors(model)).items()} == kept
+
+
+def test_buffers_are_rebuilt_like_parameters_when_asked(folder: Path) -> None:
+    """Which needs no trajectory, and says nothing."""
+    shutil.rmtree(folder / "run.zarr")
+    cmd = CMD.load(folder / "all.cmd.zarr")
+    expected = rebuilt_by_hand(cmd, cmd.references_[:, 3], ("parameter", "buffer"))
+    assert len(buffers(expected)) == 3
+    check_same_bits(cmd.state_dict(40, buffers="rebuilt"), expected)
+    told = cmd.export(folder / "x.pt", 40, buffers="rebuilt")
+    check_same_bits(torch.load(folder / "x.pt", weights_only=True), expected)
+    assert (told.left_out, told.buffers_step) == ((), None)
+    model = Net()
+    with pytest.warns(CmdgpuWarning, match="running statistics"):
+        cmd.load_into(model, 40, buffers="rebuilt")
+    check_same_bits(float_tensors(model), expected)
+
+
+def test_buffers_are_left_out_when_asked_without_a_word(folder: Path) -> None:
+    cmd = CMD.load(folder / "all.cmd.zarr")
+    state = cmd.state_dict(40, buffers="skip")
+    check_same_bits(state, rebuilt_by_hand(cmd, cmd.references_[:, 3]))
+    model = model_at(0)
+    with pytest.warns(CmdgpuWarning, match="running statistics"):
+        cmd.load_into(model, 40, buffers="skip")
+    check_same_bits(float_tensors(model), state | buffers(float_tensors(model_at(0))))
+    shutil.rmtree(folder / "run.zarr")
+    cmd = CMD.load(folder / "all.cmd.zarr")
+    check_same_bits(cmd.state_dict(40, buffers="skip"), state)
+    told = cmd.export(folder / "x.pt", 40, buffers="skip")
+    check_same_bits(torch.load(folder / "x.pt", weights_only=True), state)
+    assert (told.n_tensors, told.left_out, told.buffers_step) == (10, (), None)
+    with pytest.raises(UsageError, match="buffers cannot be 'none' here; have: recorded, rebuilt, skip"):
+        cmd.state_dict(40, buffers=cast(Any, "none"))
+
+
+def test_the_step_of_recorded_buffers_is_told(base: Path, tmp_path: Path) -> None:
+    cmd = CMD.load(base / "late.cmd.zarr")
+    assert cmd.export(tmp_path / "x.pt").buffers_step == 60
+    assert cmd.export(tmp_path / "x.pt", 10).buffers_step == 10
+    assert cmd.export(tmp_path / "x.pt", 10, params="scale").buffers_step is None
 
 
 def test_result_and_trajectory_moved_together_stay_together(folder: Path, tmp_path: Path) -> None:
@@ -296,6 +343,43 @@ def test_a_model_without_running_statistics_is_loaded_in_silence(tmp_path: Path)
     check_same_bits(float_tensors(model), cmd.state_dict(3))
 
 
+class Custom(nn.Module):
+    """Keeps statistics and does not track them, like a frozen BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([nn.BatchNorm1d(4), nn.BatchNorm1d(4)], r"run .*update_bn\(loader, model\) before judging"),
+        ([nn.Linear(4, 4), nn.SyncBatchNorm(4)], r"SyncBatchNorm .*; run .*update_bn\(loader, model\)"),
+        (
+            [nn.InstanceNorm1d(4, track_running_stats=True)],
+            r"; send batches through the model in train mode \(InstanceNorm1d is not reached by update_bn\)",
+        ),
+        (
+            [nn.InstanceNorm1d(4, track_running_stats=True), nn.BatchNorm2d(4)],
+            r"run .*update_bn\(loader, model\) and send batches .*\(InstanceNorm1d",
+        ),
+        ([nn.BatchNorm1d(4, track_running_stats=False), nn.InstanceNorm1d(4)], None),
+        ([Custom()], None),
+    ],
+)
+def test_running_statistics_are_spoken_of_once_and_only_where_they_are_tracked(
+    layers: list[nn.Module], said: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        warn_of_running_statistics(nn.Sequential(*layers))
+    assert len(heard) == (said is not None)
+    for warning in heard:
+        assert issubclass(warning.category, CmdgpuWarning)
+        assert re.search(str(said), str(warning.message)), warning.message
+
+
 # ---- out as a file ----------------------------------------------------------------------------------------
 
 
@@ -321,6 +405,14 @@ def test_an_exported_file_is_the_state_dict(base: Path, tmp_path: Path, step: in
     model = Net()
     model.load_state_dict(loaded, strict=False)
     check_same_bits(float_tensors(model), state)
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_every_format_holds_the_state_dict(base: Path, tmp_path: Path, kind: str) -> None:
+    cmd = CMD.load(base / "late.cmd.zarr")
+    told = cmd.export(tmp_path / "x", 25, kind)
+    check_same_bits(LOADERS[kind](tmp_path / "x"), cmd.state_dict(25))
+    assert (told.format, told.n_tensors, told.left_out, told.buffers_step) == (kind, 13, (), 25)
 
 
 # ---- loading is the fit -----------------------------------------------------------------------------------
@@ -399,6 +491,31 @@ def test_metrics_have_these_keys(base: Path) -> None:
     assert metrics["trajectory_bytes"] == map_.n_rows * 6 * 4
     assert metrics["result_bytes"] == 14 * map_.n_rows + 4 * 4 * 6
     assert metrics["bytes_read"] == -(-map_.n_rows // 256) * 256 * 6 * 4
+
+
+def test_buffers_have_metrics_of_their_own(base: Path, tmp_path: Path) -> None:
+    """Those that a fit of the same rows as parameters would have; without buffers nothing is counted."""
+    cmd, traj = CMD.load(base / "all.cmd.zarr"), recorded(base)
+    found = cmd.buffer_metrics_
+    rows = np.concatenate(
+        [np.arange(p.row, p.stop) for t in traj.parameters if t.kind == "buffer" for p in t.pieces]
+    )
+    mode, correlation = np.asarray(cmd.labels_)[rows], np.asarray(cmd.correlation_)[rows].astype(np.float64)
+    W = traj.read_rows(rows).astype(np.float64)
+    ss = ((W - W.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
+    rss = ss * (1 - correlation**2)
+    assert found["n_rows"] == len(rows) == cmd.metrics_["n_buffer_rows"] == 34
+    assert found["mode_sizes"] == [int(np.sum(mode == m)) for m in range(4)]
+    assert (found["n_constant"], found["n_nonfinite"]) == (int(np.sum(mode == -1)), 0)
+    assert found["mean_abs_correlation"] == pytest.approx(np.abs(correlation).mean(), rel=1e-6)
+    assert found["r2"] == pytest.approx((correlation**2).mean(), rel=1e-6)
+    assert found["r2_energy"] == pytest.approx(1 - rss.sum() / ss.sum(), rel=1e-5)
+    assert found["weight_mse"] == pytest.approx(rss.sum() / W.size, rel=1e-4)
+    assert set(found) == set(cmd.metrics_) - {
+        *("n_modes", "n_samples", "n_buffer_rows", "mode_quantiles", "result_bytes", "trajectory_bytes")
+    }
+    none = CMD(n_modes=2).fit(walks(50, 4)).buffer_metrics_
+    assert none["n_rows"] == 0 and none["mode_sizes"] == [0, 0] and np.isnan(none["r2"])
 
 
 def test_shares_name_every_tensor_once(base: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from cmdgpu.cli.outcome import Context, Outcome, command
 from cmdgpu.cli.steps import parse_steps
 from cmdgpu.errors import UsageError
 from cmdgpu.memory import MemoryMeter, show_bytes
+
+if TYPE_CHECKING:
+    from cmdgpu.decomposition import CMD
 
 
 @command("fit")
@@ -87,18 +90,19 @@ def run(
         f"source  {store}, {n_rows} rows x {n_snapshots} snapshots, {traj.dtype}, "
         f"{show_bytes(traj.stored_bytes)}, {traj.unit}s {chosen[0]}..{chosen[-1]}"
     )
-    payload = _payload(cmd.metrics_, out, meter)
+    payload = _payload(cmd, out, meter)
     tail = f"wrote {out}, peak memory {show_bytes(meter.above_start_bytes)} above the start"
     return Outcome(payload, "\n".join([head, cmd.summary(), tail]))
 
 
-def _payload(metrics: dict[str, Any], out: Path, meter: MemoryMeter) -> dict[str, Any]:
+def _payload(cmd: CMD, out: Path, meter: MemoryMeter) -> dict[str, Any]:
     import torch
 
     device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {
         "out": str(out),
-        **metrics,
+        **cmd.metrics_,
+        "buffers": cmd.buffer_metrics_,
         "peak_rss_bytes": meter.above_start_bytes,
         "peak_device_bytes": device_bytes,
     }

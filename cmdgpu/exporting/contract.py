@@ -22,10 +22,23 @@ class Export:
     n_bytes: int
     left_out: tuple[str, ...]
     """Tensors whose numbers could not be had."""
+    buffers_step: int | None = None
+    """The recorded step that buffers come from; None where none come from a recording."""
 
 
 Writer: TypeAlias = Callable[[Path, ParameterMap, Snapshot], Export]
-FORMATS: Final[Registry[Writer]] = Registry("format")
+
+
+@dataclass(frozen=True)
+class Format:
+    write: Writer
+    is_folder: bool = False
+    """Whether a folder comes of it: a new one, where a file replaces the one that is there."""
+    in_shards: Callable[[int], Writer] | None = None
+    """The writer for another largest size of a shard in bytes, where the format has shards."""
+
+
+FORMATS: Final[Registry[Format]] = Registry("format")
 
 
 def sources(
