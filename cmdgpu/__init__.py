@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from cmdgpu.version import __version__
 
 if TYPE_CHECKING:
+    from cmdgpu import hf as hf
+    from cmdgpu import lightning as lightning
     from cmdgpu import plot as plot
     from cmdgpu.decomposition import CMD as CMD
     from cmdgpu.errors import CmdgpuError as CmdgpuError
@@ -26,14 +28,17 @@ _HOMES: Final = {
     "CmdgpuWarning": "cmdgpu.errors",
 }
 
+_MODULES: Final = ("plot", "lightning", "hf")
+"""The last two are not among the names of ``*``: importing them needs the framework they are for."""
+
 __all__ = ["CMD", "CmdgpuError", "CmdgpuWarning", "Recorder", "Trajectory", "__version__", "plot"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "plot":
-        return importlib.import_module("cmdgpu.plot")
+    if name in _MODULES:
+        return importlib.import_module(f"cmdgpu.{name}")
     raise AttributeError(f"module 'cmdgpu' has no attribute {name!r}")
 
 

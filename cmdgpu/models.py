@@ -69,9 +69,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_tensors(model: nn.Module) -> list[tuple[str, Kind, Tensor]]:
     """Every parameter, then every buffer that a state dict would hold; tied names appear each time.
 
-    ``_orig_mod.`` of compiled sub-modules is dropped from the names.
+    ``_orig_mod.`` of compiled sub-modules is dropped from the names. Raises UnsupportedTensor for a model
+    whose parameters another library has cut into flat partitions.
     """
     model = unwrap(model)
+    for name, parameter in model.named_parameters():  # first: the state dict of such a model gathers it
+        _require_own_shape(name, parameter)
     kept = set(model.state_dict(keep_vars=True))
     found: list[tuple[str, Kind, Tensor]] = [
         (name, "parameter", p) for name, p in model.named_parameters(remove_duplicate=False)
@@ -85,8 +88,8 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Kind, Tensor]]:
 def describe_model(model: nn.Module, choice: Choice) -> tuple[ParameterMap, list[Tensor]]:
     """The parameter map of a model and, in its order, the tensors.
 
-    Raises UnsupportedTensor by name for complex, sharded, meta and exotic float tensors, UsageError when
-    nothing is left to record.
+    A sharded tensor (DTensor) has its whole shape here. Raises UnsupportedTensor by name for complex, meta
+    and exotic float tensors and for partitions of FSDP1 and ZeRO, UsageError when nothing is left to record.
     """
     described: list[tuple[str, Kind, str, tuple[int, ...]]] = []
     tensors: list[Tensor] = []
@@ -112,10 +115,22 @@ def describe_model(model: nn.Module, choice: Choice) -> tuple[ParameterMap, list
     return parameter_map, tensors
 
 
+def _require_own_shape(name: str, parameter: Tensor) -> None:
+    if getattr(parameter, "_fsdp_flattened", False):
+        found = "a flat parameter of FSDP1"
+    elif hasattr(parameter, "ds_id"):
+        found = "a partition of DeepSpeed ZeRO"
+    else:
+        return
+    raise UnsupportedTensor(
+        f"{found} has lost its shape",
+        tensor=name,
+        hint="shard with fully_shard (FSDP2), or import the checkpoints of the run",
+    )
+
+
 def _require_supported(name: str, tensor: Tensor) -> None:
-    if type(tensor).__name__ == "DTensor":
-        found, hint = "a sharded DTensor", "record the model before it is sharded"
-    elif tensor.is_meta:
+    if tensor.is_meta:
         found, hint = "a tensor without data (device meta)", "materialise the model first"
     elif dtype_name(tensor) not in FLOAT_DTYPES:
         found = f"a tensor of {dtype_name(tensor)}"

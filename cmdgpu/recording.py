@@ -5,26 +5,36 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
-import torch
 from torch import Tensor, nn
 
+from cmdgpu.column import HostColumn, Part
 from cmdgpu.errors import (
     CmdgpuError,
     CmdgpuWarning,
     NotAStore,
     StoreExists,
-    UnsupportedTensor,
     UsageError,
     printable,
 )
 from cmdgpu.models import Choice, Patterns, compile_patterns, describe_model
 from cmdgpu.notation import AnyArray
+from cmdgpu.ranks import Ranks, rank_here
 from cmdgpu.sampling import candidate_rows
+from cmdgpu.sharded import (
+    Held,
+    ShardedRecording,
+    default_rows,
+    held_here,
+    is_sharded_model,
+    layout,
+    require_same_layout,
+)
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
@@ -45,7 +55,13 @@ class Recorder:
     there. A path that holds a trajectory of the same model is continued.
 
     Parameters and the floating-point buffers of the state dict are recorded, tied weights once. Integer
-    tensors are listed in ``skipped``; complex and sharded ones are refused by name.
+    tensors are listed in ``skipped``; complex ones are refused by name.
+
+    In a job of several ranks every rank opens a recorder on the same path, after ``init_process_group``,
+    and calls it alike. Whole models (DistributedDataParallel, a bare one) are recorded by rank 0; on the
+    others ``record`` answers the same and touches nothing. A sharded model (``fully_shard``, any DTensor) is
+    never gathered: each rank writes what it holds, nothing goes on behind, and ``record`` returns when the
+    snapshot is durable, or raises on every rank. Whole tensors in it, and buffers, are those of rank 0.
 
     Raises, before training starts: StoreLocked when another recorder is at work there, StoreExists when the
     path is something else or a trajectory of another ``dtype`` or ``zstd``, StepNotFound for a ``rewind_to``
@@ -99,15 +115,18 @@ class Recorder:
         self._rows_per_chunk = rows_per_chunk
         self._sketch = sketch
         self._zstd = zstd
-        self._journal = self._open_existing()
-        self._column: Tensor | None = None
+        self._rank = rank_here()
+        self._journal = self._open_existing() if self._holds_the_store else None
+        self._column: HostColumn | None = None
         self._map: ParameterMap | None = None
+        self._ranks: Ranks | None = None
+        self._shards: ShardedRecording | None = None
+        self._committed_in_shards: int | None = None
         self._last_step: int | None = None
         if self._journal is not None and len(self._journal.view.steps):
             self._last_step = int(self._journal.view.steps[-1])
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cmdgpu-recorder")
-        self._warned: set[str] = set()
         self._closed = False
         if rewind_to is not None:
             try:
@@ -120,7 +139,9 @@ class Recorder:
 
     @property
     def last_committed(self) -> int | None:
-        """The last step that is durable, or None."""
+        """The last step that is durable, or None; rank 0 alone knows what an earlier recorder committed."""
+        if not self._holds_the_store:
+            return self._committed_in_shards
         if self._journal is None or not len(self._journal.view.steps):
             return None
         return int(self._journal.view.steps[-1])
@@ -142,17 +163,21 @@ class Recorder:
         step = int(step)
         if not 0 <= step < 1 << 63:
             raise UsageError(f"step {step} cannot be stored", hint="steps count from 0, up to 2^63 - 1")
-        values = {_scalar_name(name): _scalar(name, value) for name, value in scalars.items()}
+        for name in scalars:
+            _require_scalar_name(name)
         if step % self._every:
-            return False
+            return False  # before the numbers: a loss that is still being computed would be waited for
+        values = {name: _scalar(name, value) for name, value in scalars.items()}
         self._settle()  # first: a step whose snapshot was lost may be recorded again
-        if self._last_step is not None and step <= self._last_step:
-            raise UsageError(
-                f"step {step} cannot follow step {self._last_step}",
-                file=self.path,
-                hint=f"steps increase; to go back, Recorder(path, rewind_to=...) with a step before {step}",
-            )
+        if self._shards is not None or is_sharded_model(model):
+            self._record_shards(model, step, values)
+            return True
+        self._require_next(step)
         parameter_map, tensors = describe_model(model, self._choice)
+        if not self._holds_the_store:
+            self._leave_to_rank_0(model)
+            self._last_step = step
+            return True
         journal = self._begin(parameter_map)
         column = self._copy(journal.view.map, tensors)  # by the store's rows: a layout need not be ours
         sketch = None
@@ -161,6 +186,22 @@ class Recorder:
         self._last_step = step
         self._writing = self._writer.submit(journal.append, column, step, values, sketch)
         return True
+
+    def check(self, model: nn.Module, step: int) -> None:
+        """Raise now what the first ``record`` after ``step`` would; nothing is written.
+
+        For trainers, before training that may have been resumed goes on from ``step``. Raises UsageError
+        when the path holds later snapshots, ModelMismatch, UnsupportedTensor. Called by all ranks alike.
+        """
+        self._require_open()
+        if is_sharded_model(model):
+            self._ranks = self._ranks or Ranks()
+            self._ranks.first("looking at the store", lambda: self._require_none_after(step))
+            return
+        self._require_none_after(step)
+        parameter_map, _ = describe_model(model, self._choice)
+        if self._journal is not None:
+            self._begin(parameter_map)
 
     def flush(self) -> None:
         """Wait until the snapshot in flight is durable. Raises what writing it met."""
@@ -176,6 +217,8 @@ class Recorder:
             self._settle()
         finally:
             self._writer.shutdown()
+            if self._ranks is not None:
+                self._ranks.close()
             if self._journal is not None:
                 self._journal.close()
 
@@ -195,9 +238,48 @@ class Recorder:
 
     # ---- how it is done -----------------------------------------------------------------------------
 
+    @property
+    def _holds_the_store(self) -> bool:
+        return self._rank in (None, 0)
+
     def _require_open(self) -> None:
         if self._closed:
             raise UsageError("this recorder is closed", file=self.path, hint="open another one, it continues")
+        if rank_here() not in (None, self._rank):
+            raise UsageError(
+                "the process group was started after this recorder was opened",
+                file=self.path,
+                hint="open the recorder after init_process_group",
+            )
+
+    def _require_next(self, step: int) -> None:
+        if self._last_step is not None and step <= self._last_step:
+            raise UsageError(
+                f"step {step} cannot follow step {self._last_step}",
+                file=self.path,
+                hint=f"steps increase; to go back, Recorder(path, rewind_to=...) with a step before {step}",
+            )
+
+    def _require_none_after(self, step: int) -> None:
+        if self._journal is None or self._last_step is None or self._last_step <= step:
+            return
+        before = [int(recorded) for recorded in self._journal.view.steps if recorded <= step]
+        to_go_back = f"rewind_to={before[-1]} drops what comes after, or " if before else ""
+        raise UsageError(
+            f"holds snapshots up to step {self._last_step}, and training goes on from step {step}",
+            file=self.path,
+            hint=f"{to_go_back}record into another path",
+        )
+
+    def _leave_to_rank_0(self, model: nn.Module) -> None:
+        """A pipeline stage or another run on this rank would be lost without a word."""
+        replicated = any(isinstance(part, nn.parallel.DistributedDataParallel) for part in model.modules())
+        if not replicated and self._last_step is None:
+            warnings.warn(
+                f"rank {self._rank} holds whole tensors and leaves recording to rank 0",
+                CmdgpuWarning,
+                stacklevel=3,
+            )
 
     def _open_existing(self) -> Journal | None:
         if not (self.path.exists() or self.path.is_symlink()):
@@ -229,9 +311,10 @@ class Recorder:
         return journal
 
     def _rewind(self, step: int) -> None:
-        if self._journal is None:
+        if self._journal is None and self._holds_the_store:
             raise NotAStore("there is nothing to go back in", file=self.path, hint="leave rewind_to out")
-        self._journal.rewind(step)
+        if self._journal is not None:
+            self._journal.rewind(step)
         self._last_step = step
 
     def _settle(self) -> None:
@@ -249,76 +332,70 @@ class Recorder:
         """The journal of this model: created at the first snapshot, checked against the model ever after."""
         if self._journal is None:
             rows = self._rows_per_chunk or fmt.default_rows_per_chunk(parameter_map.n_rows)
-            self._journal = Journal.create(
-                self.path,
-                parameter_map,
-                dtype=self._storage.name,
-                rows=rows,
-                unit=self._unit,
-                sketch_rows=candidate_rows(parameter_map) if self._sketch else None,
-                compressed=self._zstd,
-            )
+            self._journal = self._create(parameter_map, rows)
         elif parameter_map != self._map:
             self._journal.view.map.require(parameter_map, self.path)
-            for entry in self._journal.view.map:
-                if len(entry.pieces) > 1 or any(piece.size != entry.shape for piece in entry.pieces):
-                    raise UnsupportedTensor(
-                        "is stored in shards, and this recorder writes whole tensors",
-                        file=self.path,
-                        tensor=entry.name,
-                        hint="record into another path",
-                    )
+            self._journal.view.map.require_whole(self.path)
         self._map = parameter_map
         return self._journal
 
+    def _create(self, parameter_map: ParameterMap, rows: int) -> Journal:
+        return Journal.create(
+            self.path,
+            parameter_map,
+            dtype=self._storage.name,
+            rows=rows,
+            unit=self._unit,
+            sketch_rows=candidate_rows(parameter_map) if self._sketch else None,
+            compressed=self._zstd,
+        )
+
     def _copy(self, parameter_map: ParameterMap, tensors: list[Tensor]) -> AnyArray:
-        """The column in host memory, (n_chunks * rows,) in the stored type. All that training waits for."""
+        """The column in host memory, (n_chunks * rows,) in the stored type."""
         assert self._journal is not None
-        dtype: torch.dtype = getattr(torch, self._storage.name)
-        on_cuda = any(tensor.is_cuda for tensor in tensors)
         if self._column is None:
-            length = self._journal.view.n_chunks * self._journal.view.rows
-            self._column = torch.full((length,), float("nan"), dtype=dtype, pin_memory=on_cuda)
-        for entry, tensor in zip(parameter_map, tensors, strict=True):
-            for piece in entry.pieces:
-                place = self._column[piece.row : piece.stop].view(entry.shape)
-                place.copy_(tensor.detach(), non_blocking=on_cuda)
-            self._warn_of_rounding(entry.name, tensor)
-        if on_cuda:
-            torch.cuda.synchronize()
-        if self._storage.name == "float16":
-            self._warn_of_overflow(parameter_map, tensors)
-        column = self._column.view(torch.uint16) if self._storage.name == "bfloat16" else self._column
-        return column.numpy()
+            view = self._journal.view
+            self._column = HostColumn(view.n_chunks * view.rows, self._storage)
+        return self._column.take(
+            [
+                Part(entry.name, piece.row, tensor)
+                for entry, tensor in zip(parameter_map, tensors, strict=True)
+                for piece in entry.pieces
+            ]
+        )
 
-    def _warn_of_rounding(self, name: str, tensor: Tensor) -> None:
-        if tensor.dtype == torch.float64 and "float64" not in self._warned:
-            self._warned.add("float64")
-            warnings.warn(f"float64 tensors ('{name}' first) are rounded", CmdgpuWarning, stacklevel=4)
+    # ---- in shards ----------------------------------------------------------------------------------
 
-    def _warn_of_overflow(self, parameter_map: ParameterMap, tensors: list[Tensor]) -> None:
-        """A weight beyond 65504 becomes infinite in float16, and its row non-finite in every fit."""
-        assert self._column is not None
-        for entry, tensor in zip(parameter_map, tensors, strict=True):
-            for piece in entry.pieces:
-                stored = self._column[piece.row : piece.stop].view(entry.shape)
-                lost = torch.isinf(stored) & torch.isfinite(tensor.detach()).cpu()
-                if entry.name not in self._warned and bool(lost.any()):
-                    self._warned.add(entry.name)
-                    warnings.warn(
-                        f"'{entry.name}' holds {int(lost.sum())} values beyond float16; they are stored as "
-                        "infinite; record in bfloat16 or float32",
-                        CmdgpuWarning,
-                        stacklevel=4,
-                    )
+    def _record_shards(self, model: nn.Module, step: int, scalars: dict[str, float]) -> None:
+        """Together with the other ranks, which raise whatever this one meets."""
+
+        def describe() -> tuple[Held, list[list[Tensor]]]:
+            self._require_next(step)
+            return held_here(*describe_model(model, self._choice))
+
+        if self._shards is None:
+            self._ranks = self._ranks or Ranks()
+            self._shards = ShardedRecording(self._ranks, lambda: describe()[0], self._begin_shards)
+            self._map = self._shards.map
+        self._shards.record(describe, step, scalars)
+        self._last_step = self._committed_in_shards = step
+
+    def _begin_shards(self, held: Sequence[Held]) -> Journal:
+        """``_begin`` of a model that lies over the ranks like this."""
+        if self._journal is None:
+            rows = self._rows_per_chunk or default_rows(held)
+            self._journal = self._create(layout(held, rows).map, rows)
+        else:
+            cut = layout(held, self._journal.view.rows).map
+            require_same_layout(self._journal.view.map, cut, self.path)
+        return self._journal
 
 
-def _scalar_name(name: str) -> str:
+def _require_scalar_name(name: str) -> None:
     if name in fmt.RESERVED or not fmt.SCALAR_NAME.fullmatch(name):
         raise UsageError(
             f"a scalar cannot be named {name!r}", hint=f"taken: {', '.join(sorted(fmt.RESERVED))}"
         )
-    return name
 
 
 def _scalar(name: str, value: Any) -> float:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from cmdgpu.column import HostColumn, Part
 from cmdgpu.errors import (
     CmdgpuError,
     CmdgpuWarning,
@@ -33,6 +34,7 @@ from cmdgpu.errors import (
 from cmdgpu.memory import MemoryMeter
 from cmdgpu.models import unwrap
 from cmdgpu.recording import Recorder
+from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.verification import verify_store
 from cmdgpu.trajectory import Trajectory
@@ -167,6 +169,20 @@ def test_a_sketch_is_kept_unless_it_is_not_wanted(path: Path, tmp_path: Path) ->
     )
 
 
+def test_the_copies_of_every_card_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on two cards the column would otherwise be read before the second copy is there."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    column = HostColumn(6, fmt.storage("float32"))
+    column.take([Part("w", 0, torch.zeros(6))])  # without a card: the memory need not be pinned
+    parts: list[Part] = []
+    for card in range(2):
+        kind: Any = type("OnCard", (torch.Tensor,), {"is_cuda": True, "device": torch.device("cuda", card)})
+        parts.append(Part("w", 3 * card, torch.full((3,), card + 1.0).as_subclass(kind)))
+    assert column.take(parts).tolist() == [1, 1, 1, 2, 2, 2]
+    assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]
+
+
 # ---- scalars --------------------------------------------------------------------------------------------
 
 
@@ -183,6 +199,20 @@ def test_scalars_are_series_with_nan_where_not_given(path: Path) -> None:
     assert np.array_equal(scalars["accuracy"], [nan, nan, 0.25, 1.0], equal_nan=True)
     selected = Trajectory.open(path).sel(steps=[0, 2]).scalars
     assert selected["loss"].tolist() == [2.5, 0.5]
+
+
+class Unready:
+    """A number that is still being computed."""
+
+    def __float__(self) -> float:
+        raise AssertionError("somebody waits for it")
+
+
+def test_nobody_waits_for_the_scalars_of_a_step_that_is_passed_over(path: Path) -> None:
+    with Recorder(path, every=2) as recorder:
+        assert not recorder.record(net_at(1), 1, loss=Unready())
+        with pytest.raises(UsageError, match="cannot be named"):
+            recorder.record(net_at(1), 1, weights=Unready())
 
 
 BAD_NAMES = ["weights", "sketch", "sketch_row", "snapshot", "parameter", "a b", "a.b", "../x", "", "1a", "ä"]

@@ -15,6 +15,7 @@ from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError, printable
 from cmdgpu.notation import I64
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.provenance import Origin, sources_from_json
 
 _MAX_CHUNKS = 1 << 22
 """More chunks than a column has at its default size: 10^12 rows."""
@@ -39,6 +40,8 @@ class Commit:
     digests: tuple[str, ...]
     small: dict[str, Any]
     """Digests of the small arrays by name."""
+    sources: tuple[Origin | None, ...]
+    """(T,) what each snapshot was imported from; None where it was recorded."""
     raw: bytes
     """``weights/zarr.json`` as it was read."""
 
@@ -131,6 +134,10 @@ def read_commit(path: Path) -> Commit:
         raise refuse(f"has a scalar named {printable(strange[0])!r}")
     if not len(steps) == len(digests) == array.shape[1]:
         raise refuse(f"has {array.shape[1]} snapshots, {len(steps)} steps and {len(digests)} digests")
+    try:
+        sources = sources_from_json(head.get("sources"), len(steps))
+    except ValueError as error:
+        raise refuse(f"its sources cannot be read: {error}") from error
     return Commit(
         path=path,
         map=parameter_map,
@@ -142,5 +149,6 @@ def read_commit(path: Path) -> Commit:
         steps=np.array(steps, dtype=np.int64),
         digests=tuple(str(digest) for digest in digests),
         small=small,
+        sources=sources,
         raw=raw,
     )

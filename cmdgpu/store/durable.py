@@ -193,13 +193,13 @@ def remove_partials(directory: Path) -> None:
 
 
 class Lock:
-    """Exclusive ``flock`` on a file, held until ``release`` or the end of the process.
+    """``flock`` on a file until ``release`` or the end of the process, exclusive or ``shared`` with its kind.
 
     The descriptor is closed in forked children: a data-loader worker that outlives its parent would
     otherwise keep the store locked.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self._path = path
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -207,7 +207,7 @@ class Lock:
         except OSError as error:
             raise WriteFailed(f"cannot lock: {reason_of(error)}", file=path) from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip()
             os.close(self._fd)

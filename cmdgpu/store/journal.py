@@ -11,10 +11,10 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import write_chunk
 from cmdgpu.store.commit import PARAMETER_BY_SNAPSHOT
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.provenance import Origin, sources_to_json
 from cmdgpu.store.small import (
     digest,
     sketch_document,
@@ -46,6 +47,43 @@ from cmdgpu.store.view import StoreView
 _WRITERS: Final = 4
 """Chunk files in flight: an fsync waits for the device, not for a core."""
 _LOCK: Final = ".lock"
+_RANKS_LOCK: Final = ".ranks"
+
+
+class Column(Protocol):
+    """One snapshot on its way in, a chunk at a time: it need never be in memory whole."""
+
+    def chunk(self, i: int) -> AnyArray:
+        """Chunk i, (rows,) in the stored type, padded with the fill value.
+
+        Each is asked for once, in order, by several threads at a time; it is good until the same thread asks
+        for another.
+        """
+        ...
+
+    def sketch(self) -> AnyArray | None:
+        """(S,) the candidates' values, asked for once every chunk was; None in a store without a sketch."""
+        ...
+
+    def source(self) -> Origin | None:
+        """What the snapshot was imported from, asked for last; None for one that was recorded."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _InMemory:
+    column: AnyArray
+    rows: int
+    candidates: AnyArray | None
+
+    def chunk(self, i: int) -> AnyArray:
+        return self.column[i * self.rows : (i + 1) * self.rows]
+
+    def sketch(self) -> AnyArray | None:
+        return self.candidates
+
+    def source(self) -> None:
+        return None
 
 
 class Journal:
@@ -124,8 +162,18 @@ class Journal:
 
     @staticmethod
     def lock(path: Path) -> durable.Lock:
-        """Raises StoreLocked when somebody else is writing there."""
-        return durable.Lock(path / fmt.WEIGHTS / _LOCK)
+        """Raises StoreLocked when somebody else is writing there.
+
+        Ranks of a sharded recording, too, may write on for a moment after the one with this lock died.
+        """
+        lock = durable.Lock(path / fmt.WEIGHTS / _LOCK)
+        try:
+            if os.path.lexists(path / fmt.WEIGHTS / _RANKS_LOCK):
+                durable.Lock(path / fmt.WEIGHTS / _RANKS_LOCK).release()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
 
     def close(self) -> None:
         self._usable = False
@@ -187,19 +235,47 @@ class Journal:
 
         ``column`` is (n_chunks * rows,) in the stored type, padded with the fill value; ``sketch`` is (S,).
         """
+        self.append_column(_InMemory(column, self.view.rows, sketch), step, scalars)
+
+    def append_column(
+        self, column: Column, step: int, scalars: Mapping[str, float], writers: int = _WRITERS
+    ) -> None:
+        """``append`` of a snapshot that is made while it is written, ``writers`` chunks at a time.
+
+        What ``column`` raises is raised here; nothing of the snapshot is visible then.
+        """
+        crcs = self._write_column(column, self.begin(step), writers)
+        self.append_written(crcs, step, scalars, column.sketch(), column.source())
+
+    def begin(self, step: int) -> int:
+        """The index of the snapshot that comes next, once nothing speaks against writing its chunks."""
         self.require_next(step)
         self._fence()  # already fenced: the other writer's chunks of this index must not be written over
-        t = len(self.view.steps)
-        view = self.view
-        crcs = self._write_column(column, t)
+        return len(self.view.steps)
+
+    def append_written(
+        self,
+        crcs: Sequence[bytes],
+        step: int,
+        scalars: Mapping[str, float],
+        sketch: AnyArray | None,
+        source: Origin | None = None,
+    ) -> None:
+        """The rest of ``append``, once every chunk of the column is written and flushed, whoever wrote it.
+
+        ``crcs`` are those of the chunks, in their order.
+        """
+        view, t = self.view, len(self.view.steps)
+        crcs = list(crcs)
         if sketch is not None:
             crcs.append(write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch, view.zstd_level))
         steps = np.append(view.steps, np.int64(step))
         series = self._extend_scalars(scalars)
         self._write_small(steps, series)
         self._flush_names()
+        sources = (*view.sources, source)
         self._fence()
-        self._commit(steps, (*view.digests, fmt.sha256(*crcs)), series)
+        self._commit(steps, (*view.digests, fmt.sha256(*crcs)), series, sources)
 
     def require_next(self, step: int) -> None:
         if not self._usable:
@@ -213,17 +289,14 @@ class Journal:
                 hint=f"steps increase; to go back, Recorder(path, rewind_to={max(step - 1, 0)})",
             )
 
-    def _write_column(self, column: AnyArray, t: int) -> list[bytes]:
+    def _write_column(self, column: Column, t: int, writers: int) -> list[bytes]:
         """Beyond the visible edge, so no reader sees it; inside this step the order is free."""
-        rows, level, directory = self.view.rows, self.view.zstd_level, self.view.path / fmt.WEIGHTS
+        level, directory = self.view.zstd_level, self.view.path / fmt.WEIGHTS
 
         def write(i: int) -> bytes:
-            return write_chunk(directory, fmt.chunk_name(i, t), column[i * rows : (i + 1) * rows], level)
+            return write_chunk(directory, fmt.chunk_name(i, t), column.chunk(i), level)
 
-        if self.view.n_chunks == 1:
-            return [write(0)]
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cmdgpu-write") as pool:
-            return list(pool.map(write, range(self.view.n_chunks)))
+        return _in_threads(write, range(self.view.n_chunks), writers)
 
     def _extend_scalars(self, scalars: Mapping[str, float]) -> dict[str, F64]:
         """Every recorded series one value longer: NaN where a scalar was not given, now or before."""
@@ -276,13 +349,22 @@ class Journal:
             self._usable = False
             raise StoreFenced("another writer committed here", file=path, hint="one recorder per store")
 
-    def _commit(self, steps: I64, digests: tuple[str, ...], series: dict[str, F64]) -> None:
+    def _commit(
+        self,
+        steps: I64,
+        digests: tuple[str, ...],
+        series: dict[str, F64],
+        sources: tuple[Origin | None, ...],
+    ) -> None:
         """The rename inside ``write_file`` moves every reader to the new edge; its flush makes that last."""
         document = json.loads(self.view.raw)
         document["shape"][1] = len(steps)
         head = document["attributes"]["cmdgpu"]
         head["steps"] = steps.tolist()
         head["digests"] = list(digests)
+        head.pop("sources", None)
+        if (said := sources_to_json(sources)) is not None:
+            head["sources"] = said
         for name, values in {fmt.STEP: steps, **series}.items():
             head["small"][name] = digest(values)
         head["small"] = {n: d for n, d in head["small"].items() if n in fmt.RESERVED or n in series}
@@ -299,7 +381,14 @@ class Journal:
                 hint="open the store again to learn which snapshots exist",
             ) from error
         self.view = dataclasses.replace(
-            self.view, steps=steps, digests=digests, small=head["small"], scalars=series, raw=raw, _crcs={}
+            self.view,
+            steps=steps,
+            digests=digests,
+            small=head["small"],
+            scalars=series,
+            sources=sources,
+            raw=raw,
+            _crcs={},
         )
 
     # ---- going back ---------------------------------------------------------------------------------
@@ -329,7 +418,8 @@ class Journal:
         self._fence()
         self.clean_up()
         self._flush_names()
-        self._commit(view.steps[:t], view.digests[:t], {n: v[:t] for n, v in view.scalars.items()})
+        series = {n: v[:t] for n, v in view.scalars.items()}
+        self._commit(view.steps[:t], view.digests[:t], series, view.sources[:t])
         self.clean_up()
         self._flush_names()
 
@@ -337,7 +427,7 @@ class Journal:
         """Commit the same snapshots without series that this journal's view was opened ``without``."""
         view = self.view
         self._fence()
-        self._commit(view.steps, view.digests, view.scalars)
+        self._commit(view.steps, view.digests, view.scalars, view.sources)
         for name in names:
             if os.path.lexists(view.path / name):
                 durable.remove(durable.set_aside(view.path / name))
@@ -353,6 +443,36 @@ class Journal:
             found, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
             if found["shape"] != document["shape"]:
                 write_document(directory, document)
+
+
+def lock_ranks(path: Path) -> durable.Lock:
+    """What every rank of a sharded recording holds, together with the others, while it may write chunks."""
+    return durable.Lock(path / fmt.WEIGHTS / _RANKS_LOCK, shared=True)
+
+
+def write_rows(
+    path: Path, column: AnyArray, rows: int, first: int, t: int, zstd_level: int | None
+) -> list[bytes]:
+    """Part of a column, from chunk ``first`` on, beyond the visible edge and durable; returns the CRCs.
+
+    By the rank that owns these rows, under ``lock_ranks``, between rank 0's ``begin`` and ``append_written``.
+    """
+    directory = path / fmt.WEIGHTS
+
+    def write(i: int) -> bytes:
+        values = column[i * rows : (i + 1) * rows]
+        return write_chunk(directory, fmt.chunk_name(first + i, t), values, zstd_level)
+
+    crcs = _in_threads(write, range(len(column) // rows), _WRITERS)
+    durable.flush_directory(directory)
+    return crcs
+
+
+def _in_threads(write: Callable[[int], bytes], chunks: range, writers: int) -> list[bytes]:
+    if len(chunks) <= 1:
+        return [write(i) for i in chunks]
+    with ThreadPoolExecutor(writers, thread_name_prefix="cmdgpu-write") as pool:
+        return list(pool.map(write, chunks))
 
 
 def nearest_steps(steps: I64, step: int, count: int = 3) -> str:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
-from cmdgpu.errors import CmdgpuError, ModelMismatch, StoreCorrupt, printable
+from cmdgpu.errors import CmdgpuError, ModelMismatch, StoreCorrupt, UnsupportedTensor, printable
 
 Kind: TypeAlias = Literal["parameter", "buffer"]
 
@@ -245,6 +245,17 @@ class ParameterMap:
         if dict(self.aliases) != dict(model.aliases):
             name = sorted(set(self.aliases.items()) ^ set(model.aliases.items()))[0][0]
             raise ModelMismatch("tied in one and not in the other", file=path, tensor=name, hint=hint)
+
+    def require_whole(self, path: Path | str) -> None:
+        """Raise UnsupportedTensor, naming the first tensor that lies in shards: for who writes whole ones."""
+        for entry in self.tensors:
+            if len(entry.pieces) > 1 or any(piece.size != entry.shape for piece in entry.pieces):
+                raise UnsupportedTensor(
+                    "is stored in shards, and whole tensors cannot follow",
+                    file=path,
+                    tensor=entry.name,
+                    hint="take another path",
+                )
 
 
 def whole(names: Sequence[tuple[str, Kind, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:
