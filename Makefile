@@ -22,7 +22,7 @@ demo: .venv/.base
 	$(BIN)/cmdgpu demo cmdgpu-demo
 
 test: .venv/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -41,6 +41,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/out_of_core.py
 	$(BIN)/python benchmarks/storage.py
+	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/render.py
 
 clean:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cmdgpu.exporting import Export
+    from cmdgpu.importing.discovery import Paths
+    from cmdgpu.importing.naming import KeyMap
     from cmdgpu.models import Patterns
+    from cmdgpu.tensors import Buffers, Snapshot
 
 
 class Trajectory:
@@ -100,6 +103,54 @@ class Trajectory:
         stored = fmt.storage(dtype or source.dtype)
         fmt.check_rows_per_chunk(rows_per_chunk, compressed=zstd)
         _write_array(source, step_t, Path(out), stored, rows_per_chunk, compressed=zstd)
+        return Trajectory.open(out)
+
+    @staticmethod
+    def from_checkpoints(
+        paths_or_glob: Paths,
+        out: str | os.PathLike[str],
+        steps: Sequence[int] | None = None,
+        prefix: str = "",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        key_map: KeyMap | str | Path = None,
+        resume: bool = True,
+        *,
+        dtype: str | None = None,
+        memory_limit: int | str | None = None,
+        rows_per_chunk: int | None = None,
+        zstd: bool = False,
+        unit: str = "step",
+        progress: Progress | None = None,
+    ) -> Trajectory:
+        """A trajectory of checkpoints that some trainer left, in bounded memory; nothing of them is executed.
+
+        ``paths_or_glob`` is a list, a folder or a glob of ``.pt``, ``.safetensors``, ``.npz``, Keras files,
+        and of Hugging Face and torch.distributed.checkpoint folders. They are ordered by the step in their
+        names, or in the files; ``steps`` overrides it, one for each. Every header is read and compared before
+        anything is written; a snapshot is committed when its files are read whole. A killed import goes on
+        where it stopped, and one of more checkpoints continues it; their names and SHA-256 are kept.
+
+        prefix           take names that begin so, and take it off; without one, ``module.``, ``_orig_mod.``
+                         and ``model.`` are stripped where every name has them
+        include/exclude  regular expressions searched for in the names that came out of it
+        key_map          {old: new}, a function, or a JSON file's path; after the prefix, before the filters
+        resume           False refuses a path where something is already
+        dtype            element type on disk; the widest of the tensors when None, float32 at most
+        memory_limit     bytes, or "512MiB"; a quarter of what is free when None
+
+        Buffers are told by their names (``running_mean``, ``running_var``): a checkpoint does not say.
+        Integer tensors are listed in ``parameters.skipped``, complex ones refused by name.
+        Raises UsageError for steps that cannot be told apart, listing them; CheckpointError naming file and
+        tensor for what is damaged or differs; StoreExists, MemoryLimitError with both numbers.
+        """
+        from cmdgpu.importing import carry_out, plan_checkpoints
+
+        plan = plan_checkpoints(
+            paths_or_glob, out, steps, prefix, include, exclude, key_map, resume, dtype=dtype,
+            memory_limit=memory_limit, rows_per_chunk=rows_per_chunk, zstd=zstd, unit=unit,
+        )  # fmt: skip
+        carry_out(plan, progress)
         return Trajectory.open(out)
 
     # ---- what it is ---------------------------------------------------------------------------------
@@ -240,22 +291,26 @@ class Trajectory:
         columns = np.arange(len(self._all_steps))
         return Trajectory(self.source, self._all_steps, columns, path=self.path)
 
-    def state_dict(self, step: int, params: Patterns = None) -> OrderedDict[str, Tensor]:
+    def state_dict(
+        self, step: int, params: Patterns = None, *, buffers: Buffers = "recorded"
+    ) -> OrderedDict[str, Tensor]:
         """The recorded tensors of one step, in their own dtype: bit for bit where the store is as wide.
 
-        ``step`` is a recorded label, negative counts from the end; ``params`` are regular expressions.
+        ``step`` is a recorded label, negative counts from the end; ``params`` are regular expressions;
+        ``buffers="skip"`` leaves the buffers out.
         """
         from cmdgpu.tensors import state_dict
 
-        column = self.column(step)
-        return state_dict(self.parameters, lambda entry: column, params)
+        return state_dict(self.parameters, self._snapshot(step, buffers), params, buffers)
 
-    def load_into(self, model: nn.Module, step: int) -> None:
-        """Copy one recorded snapshot into the model, in place; a ModelMismatch leaves it untouched."""
+    def load_into(self, model: nn.Module, step: int, *, buffers: Buffers = "recorded") -> None:
+        """Copy one recorded snapshot into the model, in place; a ModelMismatch leaves it untouched.
+
+        With ``buffers="skip"`` the model keeps its own buffers.
+        """
         from cmdgpu.tensors import load_into
 
-        column = self.column(step)
-        load_into(model, self.parameters, lambda entry: column, self._name)
+        load_into(model, self.parameters, self._snapshot(step, buffers), self._name)
 
     def export(
         self,
@@ -264,12 +319,36 @@ class Trajectory:
         format: str | None = None,
         *,
         params: Patterns = None,
+        buffers: Buffers = "recorded",
+        max_shard_size: int | str | None = None,
     ) -> Export:
-        """Write one snapshot as ``safetensors`` or ``pt`` (told by the suffix when not given)."""
+        """Write one snapshot as a file, ``safetensors`` or ``pt`` (told by the suffix), or as a folder.
+
+        format          ``dcp`` for torch.distributed.checkpoint, ``huggingface`` for shards as
+                        ``save_pretrained`` writes them; the folder must not be there yet
+        buffers         ``"recorded"``, or ``"skip"`` to leave them out
+        max_shard_size  of the shards: bytes, or ``"5GB"``, which is the default
+        """
         from cmdgpu.exporting import export_snapshot
 
+        snapshot = self._snapshot(step, buffers)
+        return export_snapshot(
+            Path(path),
+            self.parameters,
+            snapshot,
+            format,
+            params,
+            buffers=buffers,
+            buffers_step=step if step >= 0 else int(self.steps[step]),
+            max_shard_size=max_shard_size,
+        )
+
+    def _snapshot(self, step: int, buffers: Buffers) -> Snapshot:
+        from cmdgpu.tensors import check_buffers
+
+        check_buffers(buffers, ("recorded", "skip"))
         column = self.column(step)
-        return export_snapshot(Path(path), self.parameters, lambda entry: column, format, params)
+        return lambda entry: None if buffers == "skip" and entry.kind == "buffer" else column
 
     def verify(self, *, quick: bool = False, progress: Progress | None = None) -> list[Damage]:
         """Damaged chunks; empty means sound. An array in memory has nothing to verify."""

@@ -74,6 +74,7 @@ QUICK: dict[str, int] = {
     "-h": 0,
     "": 2,
     "fit --help": 0,
+    "import --help": 0,
     "verify --help": 0,
     "export --help": 0,
     "inspect --help": 0,
@@ -84,6 +85,8 @@ QUICK: dict[str, int] = {
     "fit": 2,
     "fit run.zarr --nonsense": 2,
     "export run.zarr": 2,
+    "import": 2,
+    "import run": 2,
     "verify": 2,
 }
 

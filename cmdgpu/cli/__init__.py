@@ -6,6 +6,7 @@ One file per command, imported when it is called: ``--help`` and usage errors im
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from typing import Final
 
@@ -16,7 +17,8 @@ from cmdgpu.version import __version__
 
 _COMMANDS: Final = {
     "demo": "train on real digits, record, decompose, rebuild, draw: the whole way in two minutes",
-    "inspect": "say what a trajectory or a result holds",
+    "import": "take in the checkpoints of any trainer",
+    "inspect": "say what a trajectory, a result or a checkpoint holds",
     "verify": "check every byte of a trajectory or a result",
     "repair": "bring a damaged trajectory back to its last whole snapshot",
     "fit": "decompose a trajectory into modes, out of core",
@@ -36,7 +38,8 @@ class _Commands(click.Group):
         del ctx
         if cmd_name not in _COMMANDS:
             return None
-        return importlib.import_module(f"cmdgpu.cli.{cmd_name}").run
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        return importlib.import_module(f"cmdgpu.cli.{module}").run
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
@@ -55,6 +58,9 @@ def cli() -> None:
     Record a run from Python:
       with cmdgpu.Recorder("run.zarr") as recorder:
           recorder.record(model, step, loss=loss)
+    \b
+    Or take in the checkpoints that there are:
+      cmdgpu import checkpoints/ run.zarr
     \b
     Then:
       cmdgpu inspect run.zarr

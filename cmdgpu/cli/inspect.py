@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
-from cmdgpu.errors import printable
+from cmdgpu.errors import NotAStore, UsageError, printable
 from cmdgpu.memory import show_bytes
 
 if TYPE_CHECKING:
+    from cmdgpu.importing import Look
     from cmdgpu.store.parameter_map import ParameterMap
 
 
@@ -19,16 +20,23 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 def run(context: Context, *, path: Path, tensors: bool) -> Outcome:
-    """Say what the trajectory or result at PATH holds; an unfinished fit says how far it is.
+    """Say what PATH holds: a trajectory, a result, or checkpoints that could be imported.
+
+    An unfinished fit says how far it is. Of checkpoints (a file, a folder, a glob) only headers are read: the
+    steps found, what an import would take and skip, and what would keep it from its work.
 
     \b
     cmdgpu inspect run.zarr --tensors
     cmdgpu inspect run.cmd.zarr --json
+    cmdgpu inspect 'out/checkpoint-*'
     """
     del context
     from cmdgpu.results import kind_of
 
-    kind = kind_of(path)
+    try:
+        kind = kind_of(path)
+    except (NotAStore, UsageError) as no_store:
+        return _checkpoints(path, tensors, no_store)
     payload, lines, parameter_map = _trajectory(path) if kind == "trajectory" else _result(path)
     if tensors:
         payload["tensors"] = [
@@ -74,6 +82,11 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         "sketch_rows": 0 if view.sketch_rows is None else len(view.sketch_rows),
         "skipped": [{"name": name, "reason": reason} for name, reason in mapped.skipped],
     }
+    if any(view.sources):
+        payload["sources"] = [
+            None if origin is None else {"step": step, **origin.to_json()}
+            for step, origin in zip(steps.tolist(), view.sources, strict=True)
+        ]
     when = f"{traj.unit}s {span['first']}..{span['last']}" if len(steps) else "nothing recorded yet"
     lines = [
         f"trajectory  {path}",
@@ -85,6 +98,8 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         f"{payload['sketch_rows']} candidates in the sketch",
         f"  scalars: {', '.join(payload['scalars']) or 'none'}",
     ]
+    if files := [file.name for origin in view.sources if origin is not None for file in origin.files]:
+        lines.append(f"  imported from {len(files)} files, {files[0]} to {files[-1]}")
     lines += [f"  skipped {printable(name)}: {reason}" for name, reason in mapped.skipped]
     return payload, lines, mapped
 
@@ -116,3 +131,70 @@ def _result(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         lines.append(f"  mode sizes {metrics['mode_sizes']}")
         lines.append(f"  mean |corr| {metrics['mean_abs_correlation']}, R^2 {metrics['r2']}")
     return payload, lines, found.frame.map
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------
+
+
+def _checkpoints(path: Path, tensors: bool, no_store: NotAStore | UsageError) -> Outcome:
+    """Raises ``no_store`` again where there is no checkpoint either."""
+    from cmdgpu.importing import look
+
+    try:
+        found = look(str(path))
+    except UsageError:
+        raise no_store from None
+    formats = sorted({seen.format for seen in found.checkpoints})
+    skipped = () if found.named is None else found.named.skipped
+    steps = [seen.step for seen in found.checkpoints if seen.step is not None]
+    payload: dict[str, Any] = {
+        "kind": "checkpoint",
+        "format": formats[0] if len(formats) == 1 else formats,
+        "n_tensors": len(found.tensors),
+        "total_bytes": found.total_bytes,
+        "stored_bytes": found.stored_bytes,
+        "steps": {
+            "count": len(steps),
+            "first": steps[0] if steps else None,
+            "last": steps[-1] if steps else None,
+        },
+        "checkpoints": [
+            {"path": str(seen.path), "step": seen.step, "format": seen.format, "bytes": seen.n_bytes}
+            for seen in found.checkpoints
+        ],
+        "n_taken": 0 if found.named is None else len(found.named.sources),
+        "stripped": "" if found.named is None else found.named.stripped,
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        "skipped_paths": [{"path": name, "reason": reason} for name, reason in found.skipped_paths],
+        "problems": list(found.problems),
+    }
+    if tensors:
+        payload["tensors"] = [
+            {"name": name, "dtype": info.dtype, "shape": list(info.shape)}
+            for name, info in found.tensors.items()
+        ]
+    return Outcome(payload, "\n".join(_look_lines(path, found, payload, tensors)))
+
+
+def _look_lines(path: Path, found: Look, payload: dict[str, Any], tensors: bool) -> list[str]:
+    lines = [
+        f"{len(found.checkpoints)} checkpoints  {path}",
+        *(
+            f"  step {'?' if seen.step is None else seen.step:>8}  {printable(str(seen.path))}  "
+            f"{seen.format}, {seen.n_tensors} tensors, {show_bytes(seen.n_bytes)}"
+            for seen in found.checkpoints
+        ),
+        f"  {payload['n_taken']} of {payload['n_tensors']} tensors would be taken, "
+        f"{show_bytes(found.total_bytes)} read, {show_bytes(found.stored_bytes)} written",
+    ]
+    if payload["stripped"]:
+        lines.append(f"  every name begins with {payload['stripped']!r}: stripped")
+    if tensors:
+        width = max((min(len(printable(name)), 60) for name in found.tensors), default=0)
+        lines += [
+            f"  {printable(name):{width}}  {info.dtype:9}  {list(info.shape)}"
+            for name, info in found.tensors.items()
+        ]
+    lines += [f"  skipped {printable(s['name'])}: {s['reason']}" for s in payload["skipped"]]
+    lines += [f"  skipped {printable(s['path'])}: {s['reason']}" for s in payload["skipped_paths"]]
+    return lines + [f"  problem {problem}" for problem in found.problems]

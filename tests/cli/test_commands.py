@@ -22,6 +22,10 @@ ENVELOPE = {"schema", "command", "ok", "version", "elapsed_s", "warnings"}
 
 OPTIONS: dict[str, set[str]] = {
     "demo": {"directory", "device", "seed", "epochs"},
+    "import": {
+        *("paths", "out", "steps", "prefix", "include", "exclude", "key_map", "dtype", "memory_limit"),
+        *("resume", "dry_run", "zstd", "unit"),
+    },
     "inspect": {"path", "tensors"},
     "verify": {"path", "quick"},
     "repair": {"path", "to", "yes"},
@@ -29,7 +33,7 @@ OPTIONS: dict[str, set[str]] = {
         *("store", "out", "modes", "threshold", "samples", "sampling", "affinity", "seed", "device"),
         *("memory_limit", "start", "stop", "stride", "steps", "resume"),
     },
-    "export": {"source", "out", "step", "kind", "params"},
+    "export": {"source", "out", "step", "kind", "max_shard_size", "params", "buffers"},
     "doctor": set(),
 }
 
@@ -104,6 +108,7 @@ def test_help_and_wrong_command_lines_load_neither_torch_nor_zarr(arguments: lis
                 *("n_samples", "device", "implementation", "rows_per_block", "blocks_total", "units_total"),
                 *(
                     "units_resumed",
+                    "buffers",
                     "bytes_read",
                     "bytes_per_s",
                     "peak_rss_bytes",
@@ -114,7 +119,7 @@ def test_help_and_wrong_command_lines_load_neither_torch_nor_zarr(arguments: lis
         ),
         (
             ["export", "run.cmd.zarr", "-o", "x.pt", "--step", "30"],
-            {"out", "format", "step", "n_tensors", "bytes"},
+            {"out", "format", "step", "n_tensors", "bytes", "left_out", "buffers"},
         ),
         (["doctor"], {"python", "torch", "devices", "implementations", "problems", "cpu_count"}),
     ],
@@ -181,7 +186,11 @@ def test_export_gives_the_recorded_bits_and_the_rebuilt_numbers(stores: Path, tm
         (["fit", "run.zarr", "-o", "run.cmd.zarr", "--modes", "2"], 1, "n_modes: 3 there, 2 asked"),
         (["export", "run.cmd.zarr", "-o", "x", "--step", "33"], 1, "nearest: 20, 30, 40"),
         (["export", "run.zarr", "-o", "empty"], 2, "is a directory"),
-        (["export", "run.zarr", "-o", "x", "--format", "onnx"], 2, "have: pt, safetensors"),
+        (["export", "run.zarr", "-o", "x", "--format", "onnx"], 2, "have: dcp, huggingface, pt, safetensors"),
+        (["export", "run.zarr", "-o", "empty", "--format", "dcp"], 1, "something is already there"),
+        (["export", "run.zarr", "-o", "x", "--max-shard-size", "1GB"], 2, "safetensors has no shards"),
+        (["export", "run.zarr", "-o", "x", "--buffers", "rebuilt"], 2, "have: recorded, skip"),
+        (["export", "run.zarr", "-o", "x", "--buffers", "drop"], 2, "'drop' is not one of"),
         (["export", "run.zarr", "-o", "x", "--params", "lstm"], 2, "no tensor matches"),
         (["export", "run.zarr"], 2, "Missing option"),
         (["verify"], 2, "Missing argument"),

@@ -816,7 +816,7 @@ def _state_dict(path: Path, out: Path) -> None:
         traj.state_dict(-1)
 
 
-def _export(suffix: str) -> Door:
+def _export(suffix: str, format: str | None = None) -> Door:
     def export(path: Path, out: Path) -> None:
         from cmdgpu.decomposition import CMD
         from cmdgpu.results import kind_of
@@ -825,7 +825,7 @@ def _export(suffix: str) -> Door:
         source = Trajectory.open(path) if kind_of(path) == "trajectory" else CMD.load(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CmdgpuWarning)
-            source.export(out / f"x{suffix}", -1)
+            source.export(out / f"x{suffix}", -1, format)
         if suffix == ".safetensors":
             from safetensors import safe_open
 
@@ -914,6 +914,7 @@ TRAJECTORY_DOORS: Final[dict[str, Door]] = {
     "fit": _fit,
     "export safetensors": _export(".safetensors"),
     "export pt": _export(".pt"),
+    "export dcp": _export(".dcp", "dcp"),
     "record": _record,
 }
 COMPRESSED_DOORS: Final[dict[str, Door]] = {

@@ -1,4 +1,5 @@
-"""Laws of opening: no byte of a store is ever run, and no text of one ever gets past the checks untyped.
+"""Laws of opening: no byte of a store or a checkpoint is ever run, and no text of a store ever gets past the
+checks untyped.
 
 The child of the first half installs its audit hook before it imports anything: what is started, connected or
 unpickled from then on is on its list. Silence alone would prove nothing, so the same child must hear a plain
@@ -36,6 +37,7 @@ from cmdgpu.store.verification import verify_store
 from cmdgpu.store.view import StoreView
 from cmdgpu.trajectory import Trajectory
 from tests.faults import hostile
+from tests.importing import hostile_files
 from tests.verbs import LAYOUT, edit_document, edit_trajectory
 
 # ---- nothing is run -------------------------------------------------------------------------------------
@@ -86,6 +88,33 @@ for store in sorted(Path(sys.argv[1]).glob("*/*.zarr")):
             became = type(error).__name__
         seen[f"{store.parent.name} {name}"] = became
 events += [event for event in importing if not event.startswith("open")]
+"""
+
+_ALL_CHECKPOINTS: Final = """
+import h5py  # asks uname what machine this is
+events.clear()
+import torch
+from tests.importing.test_hostile import look
+from cmdgpu.errors import CmdgpuError
+importing, events[:] = list(events), []
+seen = {}
+for name, path in json.loads(Path(sys.argv[2]).read_text()).items():
+    try:
+        look(path)
+        became = "ok"
+    except CmdgpuError:
+        became = "refused"
+    except Exception as error:
+        became = type(error).__name__
+    seen[name] = became
+events += [event for event in importing if not event.startswith("open")]
+"""
+
+_LOAD_PT_LOOSELY: Final = """
+import torch
+importing, events[:] = list(events), []
+seen = None
+torch.load(sys.argv[2], weights_only=False)
 """
 
 _LOAD_PT: Final = """
@@ -213,6 +242,43 @@ def test_an_exported_checkpoint_loads_without_running_anything(
         assert found["events"] == []
         assert "embed.weight" in found["seen"]
     assert canary.exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """(folder, every odd or hostile checkpoint by name, but for those that only take long)"""
+    folder = tmp_path_factory.mktemp("checkpoints") / "cases"
+    return folder, hostile_files.lay_out(
+        folder, [name for name in hostile_files.CORPUS if "million" not in name]
+    )
+
+
+def test_no_importer_runs_what_lies_in_a_checkpoint(
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Every format, from the first look to the last number."""
+    folder, paths = checkpoints
+    (tmp_path / "paths.json").write_text(json.dumps({name: str(path) for name, path in paths.items()}))
+    found = _run(_ALL_CHECKPOINTS, folder, tmp_path / "paths.json")
+    record_property("checkpoints", len(found["seen"]))
+    assert found["events"] == []
+    assert (folder / "canary").exists()
+    assert set(found["seen"]) == set(paths)
+    assert set(found["seen"].values()) == {"ok", "refused"}, found["seen"]
+
+
+def test_the_same_checkpoint_loaded_loosely_is_heard_and_kills_the_canary(
+    checkpoints: tuple[Path, dict[str, Path]],
+) -> None:
+    """The positive control: what the importer refuses is live."""
+    folder, paths = checkpoints
+    canary = folder / "canary"
+    try:
+        found = _run(_LOAD_PT_LOOSELY, folder, paths["torch: side effects"])
+        assert any(event.startswith("os.system") for event in found["events"])
+        assert not canary.exists()
+    finally:
+        canary.write_text("alive")
 
 
 def test_the_hook_hears_and_the_canary_dies_where_something_is_unpickled(

@@ -23,6 +23,7 @@ from cmdgpu.recording import Recorder
 from cmdgpu.results import partials_of, verify_result
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
+from cmdgpu.trajectory import Trajectory
 from tests.faults import mutants, writers
 from tests.faults.injection import check_nothing_is_left, check_store_holds
 from tests.verbs import tree_bytes
@@ -284,3 +285,22 @@ def test_an_export_that_does_not_fit_leaves_what_was_there(
         writers.export(source, file, promise_nothing)
         assert file.read_bytes() == expected
     assert 0 < refused < 8, "the disk was never full, or always"
+
+
+@pytest.mark.parametrize("kind", ["dcp", "huggingface"])
+def test_a_folder_that_does_not_fit_leaves_nothing(source: Path, room: Room, kind: str) -> None:
+    traj, folder, refused = Trajectory.open(source), room.path / "model", 0
+    traj.export(folder, -1, kind)
+    expected = tree_bytes(folder)
+    for pages in range(16):
+        room.clear()
+        room.leave(pages)
+        try:
+            traj.export(folder, -1, kind)
+            assert tree_bytes(folder) == expected
+        except WriteFailed as error:
+            check_full(error, room.path)
+            refused += 1
+            assert not folder.exists()
+        check_nothing_is_left(room.path)
+    assert 0 < refused < 16, "the disk was never full, or always"
