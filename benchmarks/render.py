@@ -162,6 +162,22 @@ def storage(results: Results) -> list[str]:
     return table(["work", "provider", "rate", "cmdgpu's rate is"], rows)
 
 
+def importing(results: Results) -> list[str]:
+    rows: list[list[str]] = []
+    for r in results["records"]:
+        mine = r["provider"] == "cmdgpu"
+        rows.append(
+            [
+                r["case"] if mine else "",
+                r["provider"],
+                f"{r['gb_per_s']:.2f} GB/s ± {r['gb_per_s'] * r['spread_s'] / (2 * r['median_s']):.2f}",
+                f"{r['percent_of_ceiling']:.0f} %" if mine else "-",
+                f"{r['peak_bytes'] / 2**20:.0f} MiB of {r['limit']}" if mine else "-",
+            ]
+        )
+    return table(["case", "what", "rate", "of a cold read, then a synced write", "peak memory"], rows)
+
+
 # ---- GPU ------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +226,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "full": in_memory,
     "out-of-core": out_of_core,
     "storage": storage,
+    "importing": importing,
     "gpu": gpu,
     "tune": tune,
 }

@@ -205,6 +205,31 @@ def test_storage_is_measured_beside_plain_files(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["storage.json"]
 
 
+@pytest.mark.slow
+def test_an_import_is_measured_beside_plain_files(tmp_path: Path) -> None:
+    from benchmarks import importing
+
+    arguments = ["--tiny", "--in", str(tmp_path), "--out", str(tmp_path / "importing.json")]
+    records = json.loads(importing.main(arguments).read_text())["records"]
+    assert [r["provider"] for r in records] == 2 * [
+        "cmdgpu", "cold read", "synced write", "cold read, then synced write",
+    ]  # fmt: skip
+    for r in records:
+        assert r["gb_per_s"] > 0 and r["bytes"] >= 2 * 90_000
+        assert (r["percent_of_ceiling"] is not None) == (r["provider"] == "cmdgpu")
+    assert all(r["peak_bytes"] <= r["planned_bytes"] <= 512 << 20 for r in records if r["peak_bytes"])
+    assert [file.name for file in tmp_path.iterdir()] == ["importing.json"]
+
+
+def test_an_import_of_other_numbers_is_noticed(tmp_path: Path) -> None:
+    from benchmarks import importing
+
+    sources = importing.Sources(tmp_path, "safetensors", 2, 100_000)
+    sources.state["layers.3.weight"] += 1
+    with pytest.raises(SystemExit, match="other numbers"):
+        sources.import_()
+
+
 def test_the_gpu_suite_runs_on_any_device(tmp_path: Path) -> None:
     from benchmarks import gpu
 
@@ -251,7 +276,7 @@ def test_without_cuda_the_gpu_suite_says_so(
 # ---- the page -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["quick", "out-of-core", "storage", "gpu", "tune"])
+@pytest.mark.parametrize("name", ["quick", "out-of-core", "storage", "importing", "gpu", "tune"])
 def test_the_page_is_rendered_from_the_json(name: str) -> None:
     from benchmarks import render
 
