@@ -211,7 +211,7 @@ class HopperGramLaunch:
 
 
 # 197 KB, 247 registers. 2,823 with a product added up after every block of rows, where GRAM makes 2,239; what
-# two blocks to an accumulator bring is not timed. Three stages make 2,711, sixteen warps 2,592, products of 32
+# two blocks to an accumulator bring is not timed. Three stages make 2,711, 16 warps 2,592, products of 32
 # rows 2,396; warps of their own that split rows, 2,793. It is the tensor cores' work, then: half of it is on
 # snapshots from 101 to 128 and on the half of S that is known from the other.
 GRAM_HOPPER = HopperGramLaunch(block_rows=64, warps=8, stages=4)
