@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -102,6 +102,7 @@ class CMD:
         traj: Trajectory | Any,
         out: str | os.PathLike[str] | None = None,
         *,
+        buffers: Literal["fit", "skip"] = "fit",
         memory_limit: int | str | None = None,
         resume: bool = True,
         progress: Progress | None = None,
@@ -110,6 +111,8 @@ class CMD:
 
         traj          a Trajectory, or anything (N, T) that ``Trajectory.from_array`` takes
         out           folder of the result; in memory (14 bytes per row) when None
+        buffers       "skip" leaves them out of the result: their rows count as holes, whoever loads it keeps
+                      the model's own. No buffer is ever sampled
         memory_limit  bytes, or "4GiB", of host memory for the fit; a quarter of what is free by default
         resume        go on with an unfinished fit of the same settings at ``out``; False starts over
 
@@ -125,8 +128,11 @@ class CMD:
         progress = progress or Silent()
         limit = default_limit() if memory_limit is None else parse_bytes(memory_limit)
         device = ops.resolve_device(self.device)
+        if buffers not in ("fit", "skip"):
+            raise UsageError(f"buffers cannot be {buffers!r} in a fit", hint="have: fit, skip")
         self._require_fittable(traj)
-        frame = Frame(traj.parameters, traj.steps, traj.source.rows)
+        mapped = traj.parameters if buffers == "fit" else traj.parameters.without("buffer")
+        frame = Frame(mapped, traj.steps, traj.source.rows)
         most_modes = min(self.n_modes if self.threshold is None else MAX_MODES, self.n_samples)
         plan = None
         if out is None or not Path(out).exists():
@@ -137,7 +143,10 @@ class CMD:
         def decide() -> ModeSet:
             return self._sample_and_cluster(traj, stage_s)
 
-        provenance = self._provenance(traj, ops.device_class(device), Path(out) if out is not None else None)
+        config = self._config() if buffers == "fit" else {**self._config(), "buffers": buffers}
+        provenance = self._provenance(
+            traj, config, ops.device_class(device), Path(out) if out is not None else None
+        )
         begun = self._begin(out, frame, provenance, decide, resume)
         if isinstance(begun, Result):
             self._result, self._trajectory = begun, traj
@@ -221,7 +230,9 @@ class CMD:
             "random_state": self.random_state,
         }
 
-    def _provenance(self, traj: Trajectory, device_class: str, out: Path | None) -> Provenance:
+    def _provenance(
+        self, traj: Trajectory, config: dict[str, Any], device_class: str, out: Path | None
+    ) -> Provenance:
         import torch
 
         from cmdgpu import ops
@@ -234,7 +245,7 @@ class CMD:
             "numpy": np.__version__,
             "device_class": device_class,
         }
-        return Provenance(_source_identity(traj, out), self._config(), code, _origin(traj, out))
+        return Provenance(_source_identity(traj, out), config, code, _origin(traj, out))
 
     # ---- what was found -----------------------------------------------------------------------------
 

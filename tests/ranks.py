@@ -75,6 +75,9 @@ def _run_rank(job: Job, rank: int, world: int, folder: Path, store: Path, argume
         sys.stdout.flush()
         os._exit(1)  # the other ranks may be gone: nothing to take leave of
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Of gloo's threads one now and then outlives the group, and C++ ends the process for it.
+    os._exit(0)
 
 
 # ---- models -------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, ModelMismatch, StepNotFound, StoreExists, UsageError
 from cmdgpu.exporting import FORMATS
-from cmdgpu.notation import F64, AnyArray
+from cmdgpu.notation import F64, UNWRITTEN, AnyArray
 from cmdgpu.recording import Recorder
+from cmdgpu.results import verify_result
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.tensors import warn_of_running_statistics
 from cmdgpu.trajectory import Trajectory
@@ -211,6 +212,44 @@ def test_buffers_are_rebuilt_like_parameters_when_asked(folder: Path) -> None:
     with pytest.warns(CmdgpuWarning, match="running statistics"):
         cmd.load_into(model, 40, buffers="rebuilt")
     check_same_bits(float_tensors(model), expected)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["on-disk", "in-memory"])
+def test_a_fit_without_buffers_is_that_of_the_parameters_alone(folder: Path, stored: bool) -> None:
+    whole_fit, out = CMD.load(folder / "all.cmd.zarr"), folder / "alone.cmd.zarr"
+    cmd = CMD(n_modes=4).fit(recorded(folder), out=out if stored else None, buffers="skip")
+    if stored:
+        cmd = CMD.load(out)
+        assert verify_result(out).damaged == []
+        again = CMD(n_modes=4).fit(recorded(folder), out=out, buffers="skip")
+        assert again.metrics_["blocks_total"] == 0 and fit_bits(again) == fit_bits(cmd)
+        with pytest.raises(StoreExists, match=r"config buffers: skip there, None asked"):
+            CMD(n_modes=4).fit(recorded(folder), out=out)
+    of_buffers = np.zeros(len(cmd.labels_), dtype=bool)
+    for entry in recorded(folder).parameters:
+        for piece in entry.pieces:
+            of_buffers[piece.row : piece.stop] = entry.kind == "buffer"
+    assert of_buffers.sum() > 0
+    for name in ("labels_", "a_", "b_", "correlation_"):
+        mine, theirs = (np.asarray(getattr(fit, name)) for fit in (cmd, whole_fit))
+        assert np.array_equal(mine[~of_buffers], theirs[~of_buffers])
+    assert (np.asarray(cmd.labels_)[of_buffers] == UNWRITTEN).all() and np.isnan(
+        np.asarray(cmd.a_)[of_buffers]
+    ).all()
+    same = {"mode_sizes", "r2", "r2_energy", "mean_abs_correlation", "n_constant", "weight_mse", "n_rows"}
+    assert {key: cmd.metrics_[key] for key in same} == {key: whole_fit.metrics_[key] for key in same}
+    assert cmd.metrics_["n_buffer_rows"] == 0
+    state = cmd.state_dict(40)
+    check_same_bits(state, parameters(whole_fit.state_dict(40)))
+    model = model_at(0)
+    with pytest.warns(CmdgpuWarning, match="running statistics"):
+        cmd.load_into(model, 40)
+    check_same_bits(float_tensors(model), state | buffers(float_tensors(model_at(0))))
+
+
+def test_a_fit_knows_of_no_other_treatment_of_buffers(base: Path) -> None:
+    with pytest.raises(UsageError, match="buffers cannot be 'none' in a fit; have: fit, skip"):
+        CMD(n_modes=4).fit(recorded(base), buffers=cast(Any, "none"))
 
 
 def test_buffers_are_left_out_when_asked_without_a_word(folder: Path) -> None:

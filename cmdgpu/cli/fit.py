@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 @click.option("--stop", type=int, help="Snapshot to stop before, as a position.")
 @click.option("--stride", type=int, default=1, show_default=True, help="Every how many snapshots.")
 @click.option("--steps", help="Steps to fit instead, as labels: 0,100,200.")
+@click.option(
+    "--buffers",
+    type=click.Choice(["fit", "skip"]),
+    default="fit",
+    show_default=True,
+    help="Fit buffers too, apart from parameters, or leave them out of the result.",
+)
 @click.option("--resume/--no-resume", default=True, help="Go on with an unfinished fit, or start over.")
 def run(
     context: Context,
@@ -52,6 +59,7 @@ def run(
     stop: int | None,
     stride: int,
     steps: str | None,
+    buffers: Literal["fit", "skip"],
     resume: bool,
 ) -> Outcome:
     """Decompose the trajectory STORE into modes and write the result to OUT.
@@ -83,7 +91,14 @@ def run(
         traj = traj.sel(start, stop, stride, parse_steps(steps))
     importlib.import_module("cmdgpu.streaming.engine")  # torch and its libraries are not the fit's memory
     with MemoryMeter() as meter:
-        cmd.fit(traj, out=out, memory_limit=memory_limit, resume=resume, progress=context.progress)
+        cmd.fit(
+            traj,
+            out=out,
+            buffers=buffers,
+            memory_limit=memory_limit,
+            resume=resume,
+            progress=context.progress,
+        )
     n_rows, n_snapshots = traj.shape
     chosen = traj.steps
     head = (

@@ -125,6 +125,18 @@ class ParameterMap:
     def n_rows_of(self, kind: Kind) -> int:
         return sum(tensor.n_rows for tensor in self.tensors if tensor.kind == kind)
 
+    def without(self, kind: Kind) -> ParameterMap:
+        """The same rows with holes where tensors of a kind lie."""
+        gone = [tensor for tensor in self.tensors if tensor.kind == kind]
+        names = {tensor.name for tensor in gone}
+        rows = [(piece.row, piece.stop) for tensor in gone for piece in tensor.pieces if piece.n_rows]
+        return ParameterMap(
+            tuple(tensor for tensor in self.tensors if tensor.name not in names),
+            {alias: name for alias, name in self.aliases.items() if name not in names},
+            tuple(sorted([*self.holes, *rows])),
+            (*self.skipped, *((tensor.name, f"a {kind}, left out") for tensor in gone)),
+        )
+
     def segments(self, start: int, stop: int) -> list[Segment]:
         """The runs of tensors in rows [start, stop), by row; holes leave gaps."""
         found: list[Segment] = []

@@ -31,7 +31,7 @@ OPTIONS: dict[str, set[str]] = {
     "repair": {"path", "to", "yes"},
     "fit": {
         *("store", "out", "modes", "threshold", "samples", "sampling", "affinity", "seed", "device"),
-        *("memory_limit", "start", "stop", "stride", "steps", "resume"),
+        *("memory_limit", "start", "stop", "stride", "steps", "buffers", "resume"),
     },
     "export": {"source", "out", "step", "kind", "max_shard_size", "params", "buffers"},
     "doctor": set(),

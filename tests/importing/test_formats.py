@@ -313,6 +313,13 @@ def test_a_file_saved_without_checksums_has_none(tmp_path: Path) -> None:
     check_whole(checkpoint, SD)
 
 
+def check_imported(path: Path, tensors: Tensors, out: Path, prefix: str = "") -> None:
+    """The checkpoint as a trajectory of one snapshot: every floating-point tensor, bit for bit."""
+    found = Trajectory.from_checkpoints([path], out, [7], prefix).state_dict(7)
+    wanted = {name.removeprefix(prefix): t for name, t in tensors.items() if t.is_floating_point()}
+    assert {name: flat_bits(t) for name, t in found.items()} == {n: flat_bits(t) for n, t in wanted.items()}
+
+
 def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
     """Really trained for two steps."""
     with quiet():
@@ -323,6 +330,7 @@ def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
     assert checkpoint.step == 2
     check_whole(checkpoint, state)
     assert set(checkpoint.tensors) == set(state)
+    check_imported(path, state, tmp_path / "run.zarr")
 
 
 # ---- Hugging Face ---------------------------------------------------------------------------------------
@@ -344,6 +352,7 @@ def test_a_model_of_transformers_in_shards(tmp_path: Path) -> None:
         check_whole(checkpoint, state)
         assert set(checkpoint.tensors) == set(state)
     assert len(open_checkpoint(tmp_path / "sharded").files) > 3
+    check_imported(tmp_path / "sharded", state, tmp_path / "run.zarr", "transformer.")
 
 
 def test_the_trainer_tells_the_step(tmp_path: Path) -> None:
@@ -378,6 +387,8 @@ def test_two_ranks_of_fsdp2(tmp_path: Path) -> None:
     assert {reason for name, reason in checkpoint.skipped if "optimizer" in name} >= {"optimizer state"}
     check_whole(checkpoint, written.tensors)
     check_checksums(checkpoint)
+    model = {name: tensor for name, tensor in written.tensors.items() if name.startswith("app.model.")}
+    check_imported(written.path, model, tmp_path / "run.zarr", "app.model.")
     for name in ("columns", "app.model.0.weight"):
         tensor = written.tensors[name]
         whole, size = flat_bits(tensor), tensor.itemsize
