@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 from cmdgpu.errors import CheckpointError
 from cmdgpu.importing.files import Source
+from cmdgpu.store import format as fmt
 
 Json: TypeAlias = dict[str, Any]
 
@@ -16,28 +16,14 @@ _MAX_DEPTH: Final = 32
 _MAX_VALUES: Final = 1 << 22
 """Brackets, commas and colons: what a document costs in memory goes by their number."""
 
-_STRUCTURE: Final = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[{\]},:]', re.DOTALL)
-"""What gives a document its shape; a string, whole: nothing inside it counts."""
-
 
 def parse(raw: bytes, path: Path) -> Json:
     """A JSON object in UTF-8. Raises CheckpointError for anything else, and for a key that is there twice."""
-    depth = values = 0
-    for found in _STRUCTURE.finditer(raw):
-        match found[0]:
-            case b"[" | b"{":
-                depth += 1
-                values += 1
-            case b"]" | b"}":
-                depth -= 1
-            case b"," | b":":
-                values += 1
-            case _:
-                continue
-        if depth > _MAX_DEPTH or values > _MAX_VALUES:
+    for depth, opened, separators in fmt.shapes(raw):
+        if depth > _MAX_DEPTH or opened + separators > _MAX_VALUES:
             raise CheckpointError("holds JSON that is nested or long beyond all reason", file=path)
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=fmt.no_duplicates)
     except ValueError as error:
         raise CheckpointError(f"holds no JSON where it should: {error}", file=path) from error
     if not isinstance(found, dict):
@@ -52,10 +38,6 @@ def read(source: Source, limit: int) -> Json:
     return parse(source.read(0, source.size), source.path)
 
 
-def as_object(value: object) -> Json | None:
-    return cast(Json, value) if isinstance(value, dict) else None
-
-
 def as_whole_number(value: object) -> int | None:
     """A number from 0 to 2^63, and no bool."""
     return value if type(value) is int and 0 <= value < 1 << 63 else None
@@ -67,10 +49,3 @@ def as_sizes(value: object) -> tuple[int, ...] | None:
         return None
     sizes = [as_whole_number(n) for n in cast(list[object], value)]
     return None if None in sizes else tuple(n for n in sizes if n is not None)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> Json:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found

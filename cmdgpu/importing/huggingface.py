@@ -16,6 +16,7 @@ from cmdgpu.importing.opened import Opened
 from cmdgpu.importing.safetensors import looks_like_safetensors, open_safetensors
 from cmdgpu.importing.torch_file import open_torch
 from cmdgpu.store import durable
+from cmdgpu.store import format as fmt
 
 NAME: Final = "huggingface"
 
@@ -122,7 +123,7 @@ def _open_sharded(folder: Path, index: str) -> Opened:
 
 def _weight_map(folder: Path, index: str) -> Mapping[str, str]:
     source = inside(folder, index)
-    found = documents.as_object(documents.read(source, _MAX_JSON_BYTES).get("weight_map"))
+    found = fmt.as_dict(documents.read(source, _MAX_JSON_BYTES).get("weight_map"))
     if not found or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError("holds no weight_map of file names", file=folder / index)
     return found

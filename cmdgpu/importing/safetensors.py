@@ -14,6 +14,7 @@ from cmdgpu.importing.elements import Elements, numpy_type
 from cmdgpu.importing.files import Source
 from cmdgpu.importing.opened import Opened
 from cmdgpu.importing.strided import Strided, c_strides
+from cmdgpu.store import format as fmt
 
 NAME: Final = "safetensors"
 
@@ -101,7 +102,7 @@ def _entries(header: Json, source: Source) -> dict[str, tuple[str, tuple[int, ..
     """(type, shape, start, stop) of every tensor, sizes agreeing with offsets."""
     found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     for name, value in header.items():
-        entry = documents.as_object(value) or {}
+        entry = fmt.as_dict(value) or {}
         kind, shape = entry.get("dtype"), documents.as_sizes(entry.get("shape"))
         offsets = documents.as_sizes(entry.get("data_offsets"))
         if entry.keys() != {"dtype", "shape", "data_offsets"} or shape is None or len(shape) > 64:
@@ -120,7 +121,7 @@ def _entries(header: Json, source: Source) -> dict[str, tuple[str, tuple[int, ..
 
 def _metadata(value: object, source: Source) -> tuple[dict[str, str], int | None]:
     """(other names that our own export wrote down, the step) as far as the metadata tells them."""
-    metadata = documents.as_object(value)
+    metadata = fmt.as_dict(value)
     are_texts = all(isinstance(text, str) for text in (metadata or {}).values())
     if (metadata is None) != (value is None) or not are_texts:
         raise CheckpointError("holds metadata that are not all texts", file=source.path)

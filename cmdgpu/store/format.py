@@ -16,7 +16,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -235,6 +235,26 @@ _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[{\]},:]', re.DOTALL)
 """What gives a document its shape; a string, or one without an end, whole: nothing inside it counts."""
 
 
+def shapes(raw: bytes) -> Iterator[tuple[int, int, int]]:
+    """(depth, brackets opened, commas and colons) of a JSON document up to each of these marks.
+
+    What a document costs in memory goes by their number; whoever asks stops at a bound of its own.
+    """
+    depth = opened = separators = 0
+    for found in _STRUCTURE.finditer(raw):
+        match found[0]:
+            case b"[" | b"{":
+                depth += 1
+                opened += 1
+            case b"]" | b"}":
+                depth -= 1
+            case b"," | b":":
+                separators += 1
+            case _:
+                continue
+        yield depth, opened, separators
+
+
 def parse(raw: bytes, path: Path) -> Json:
     """JSON in ASCII with no duplicate keys, no absurd nesting, no absurd number of values.
 
@@ -244,24 +264,14 @@ def parse(raw: bytes, path: Path) -> Json:
         text = raw.decode("ascii")  # json would guess other encodings, in which brackets hide from the count
     except UnicodeDecodeError as error:
         raise StoreCorrupt("is no ASCII", file=path) from error
-    depth = values = 0
-    for found in _STRUCTURE.finditer(raw):
-        match found[0]:
-            case b"[" | b"{":
-                depth += 1
-            case b"]" | b"}":
-                depth -= 1
-            case b"," | b":":
-                values += 1
-            case _:
-                continue
+    for depth, _, values in shapes(raw):
         if depth > _MAX_DEPTH:
             raise StoreCorrupt(f"is nested more than {_MAX_DEPTH} levels deep", file=path)
         if values > _MAX_VALUES:
             raise StoreCorrupt(f"holds more than {_MAX_VALUES} values", file=path)
     try:
         document = json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite
+            text, object_pairs_hook=no_duplicates, parse_constant=_finite, parse_float=_finite
         )
     except ValueError as error:
         raise StoreCorrupt(f"is no JSON: {error}", file=path) from error
@@ -280,7 +290,8 @@ def as_list(value: object) -> list[Any] | None:
     return cast(list[Any], value) if isinstance(value, list) else None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    """For ``json``: an object, or ValueError where a key is there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")

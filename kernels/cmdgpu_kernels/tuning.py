@@ -204,7 +204,7 @@ class HopperGramLaunch:
     """How it is cut where products are made while the next ones are prepared."""
 
     block_rows: int
-    """Rows of a product: those of ``GRAM``, for the same sums in the same order."""
+    """Rows of a product; two of them share an accumulator."""
     warps: int
     stages: int
     """Blocks of rows under way or here."""

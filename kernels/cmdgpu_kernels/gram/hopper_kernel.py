@@ -29,16 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cmdgpu_kernels.gram import sums
+from cmdgpu_kernels.gram.triton_kernel import LEAST_SQUARES, MOST_OF_A_TILE, SCALED_TO
 
 __all__ = ["hopper_gram_kernel"]
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6
-
-# See triton_kernel.
-SCALED_TO = gl.constexpr(133)
-MOST_OF_A_TILE = gl.constexpr(sums.LARGEST_SIZE / 2)
-LEAST_SQUARES = gl.constexpr(6000.0)
 
 
 @gluon.jit

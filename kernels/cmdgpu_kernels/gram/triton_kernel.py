@@ -9,7 +9,7 @@ little, so each snapshot of a granule is multiplied by a power of two, which the
 What came of it is looked at once, in the end: a granule whose rows do not fit, or may not all count, is
 flagged. Where a program cannot hold the products of all snapshots, ``gram_tiles_kernel`` makes tiles of them.
 ``careful_kernel`` computes a flagged granule again, in TF32, and looks at every row. Which of them answers
-depends on the rows of the granule and on nothing else.
+depends on the rows of the granule and on how the block lies, and on nothing else.
 
 Imported only where triton is.
 """
