@@ -387,9 +387,10 @@ def carried(sizes: Sizes, engine: Device, device: torch.device, clock: Clock) ->
     references = kernels.prepare_references(profiles(10, T))
     n_bytes = sizes.blocks * T * width * 4
 
-    def compute(W_tb: Tensor) -> tuple[Tensor, ...]:
+    def compute(unit: int, W_tb: Tensor) -> list[tuple[Tensor, ...]]:
+        del unit
         fit = kernels.assign_and_fit(W_tb, references)
-        return fit.mode, fit.a, fit.b, fit.correlation, fit.ss
+        return [(fit.mode, fit.a, fit.b, fit.correlation, fit.ss)]
 
     def stream() -> None:
         under_way: deque[Any] = deque()

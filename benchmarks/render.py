@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
 
 from benchmarks.machine import RESULTS  # noqa: E402
 from benchmarks.scaling import AXES, curves  # noqa: E402
+from cmdgpu.memory import show_bytes  # noqa: E402
 
 PAGE = ROOT / "benchmarks" / "README.md"
 END = "<!-- end -->"
@@ -178,6 +179,44 @@ def importing(results: Results) -> list[str]:
     return table(["case", "what", "rate", "of a cold read, then a synced write", "peak memory"], rows)
 
 
+def grid(results: Results) -> list[str]:
+    """One fit, twelve in one pass, and the same bytes by plain files."""
+    rows = [
+        [
+            r["provider"],
+            f"{r['seconds']:.1f} s",
+            "-" if r["times_one"] is None else f"{r['times_one']:.2f}",
+            show_bytes(r["store_bytes"]),
+            "-" if r["device_read_bytes"] is None else show_bytes(r["device_read_bytes"]),
+            show_bytes(r["result_bytes"]) if r["fits"] else "-",
+        ]
+        for r in results["records"]
+    ]
+    case = str(results["records"][0]["case"])
+    return table([case, "wall", "of one fit", "store", "read from the device", "results"], rows)
+
+
+def scale(results: Results) -> list[str]:
+    rows: list[list[str]] = []
+    for r in results["records"]:
+        fetched = r["device_read_bytes"]
+        rows.append(
+            [
+                r["case"] if r["stage"] == "synthesise" else "",
+                r["stage"],
+                f"{r['bytes'] / 1e9:.3g} GB",
+                f"{r['seconds']:.0f} s, {r['gb_per_s']:.2f} GB/s"
+                if r["seconds"] >= 10
+                else f"{r['seconds']:.1f} s",
+                "-" if r["times_plain"] is None else f"{r['times_plain']:.2f} x {r['plain']}",
+                "-" if fetched is None else f"{fetched / 1e9:.3g} GB",
+                f"{r['peak_bytes'] / 1e6:.0f} of {r['limit_bytes'] / 1e6:.0f} MB",
+            ]
+        )
+    head = ["case", "what", "bytes", "time", "beside plain files", "read from the device", "peak memory"]
+    return table(head, rows)
+
+
 # ---- GPU ------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +266,8 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "out-of-core": out_of_core,
     "storage": storage,
     "importing": importing,
+    "scale": scale,
+    "grid": grid,
     "gpu": gpu,
     "tune": tune,
 }

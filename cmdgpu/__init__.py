@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cmdgpu.version import __version__
 
 if TYPE_CHECKING:
+    from cmdgpu import baselines as baselines
     from cmdgpu import hf as hf
     from cmdgpu import lightning as lightning
     from cmdgpu import plot as plot
@@ -28,10 +29,19 @@ _HOMES: Final = {
     "CmdgpuWarning": "cmdgpu.errors",
 }
 
-_MODULES: Final = ("plot", "lightning", "hf")
+_MODULES: Final = ("plot", "baselines", "lightning", "hf")
 """The last two are not among the names of ``*``: importing them needs the framework they are for."""
 
-__all__ = ["CMD", "CmdgpuError", "CmdgpuWarning", "Recorder", "Trajectory", "__version__", "plot"]
+__all__ = [
+    "CMD",
+    "CmdgpuError",
+    "CmdgpuWarning",
+    "Recorder",
+    "Trajectory",
+    "__version__",
+    "baselines",
+    "plot",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from cmdgpu.clustering import AFFINITIES, check_stopping_rule, cluster_sample, clustering_bytes
-from cmdgpu.errors import CmdgpuError, CmdgpuWarning, MemoryLimitError, StepNotFound, UsageError, printable
-from cmdgpu.memory import default_limit, parse_bytes, show_bytes
-from cmdgpu.notation import F32, F64, I16, I64, MAX_MODES, NON_FINITE, AnyArray
+from cmdgpu.errors import CmdgpuError, CmdgpuWarning, StepNotFound, UsageError, printable
+from cmdgpu.fitting import Asked, Fitted, Settings, fit_all
+from cmdgpu.memory import parse_bytes, show_bytes
+from cmdgpu.notation import F32, F64, I16, I64, NON_FINITE, AnyArray
 from cmdgpu.progress import Progress, Silent
-from cmdgpu.results import (
-    Frame,
-    MemoryWriter,
-    ModeSet,
-    Provenance,
-    Result,
-    ResultWriter,
-    RowArray,
-    begin_result,
-    open_result,
-)
-from cmdgpu.sampling import check_sampling, draw_sample
-from cmdgpu.sources import StoreSource
+from cmdgpu.results import Result, RowArray, StoredRows, open_result
 from cmdgpu.statistics import summarise_buffers, tensor_shares
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import nearest_steps
 from cmdgpu.store.parameter_map import TensorEntry
+from cmdgpu.store.places import Named, followed, local_path, place_of
 from cmdgpu.trajectory import SnapshotReader, Trajectory
-from cmdgpu.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cmdgpu.exporting import Export
     from cmdgpu.models import Patterns
-    from cmdgpu.streaming.engine import PassReport
     from cmdgpu.tensors import Buffers, RowSource, Snapshot
 
 
@@ -81,9 +66,6 @@ class CMD:
         random_state: int = 0,
         device: str = "auto",
     ) -> None:
-        check_stopping_rule(n_modes, threshold)
-        check_sampling(n_samples, sampling, random_state)
-        _ = AFFINITIES[affinity]
         self.n_modes = n_modes
         self.threshold = threshold
         self.n_samples = n_samples
@@ -91,6 +73,7 @@ class CMD:
         self.affinity = affinity
         self.random_state = random_state
         self.device = device
+        _ = self._settings()  # checks them
         self._result: Result | None = None
         self._trajectory: Trajectory | None = None
         self._run: dict[str, Any] = {}
@@ -100,152 +83,92 @@ class CMD:
     def fit(
         self,
         traj: Trajectory | Any,
-        out: str | os.PathLike[str] | None = None,
-        *,
-        buffers: Literal["fit", "skip"] = "fit",
+        out: Named | None = None,
+        executor: Any = None,
         memory_limit: int | str | None = None,
         resume: bool = True,
+        *,
+        buffers: Literal["fit", "skip"] = "fit",
         progress: Progress | None = None,
     ) -> CMD:
         """Algorithm 2, out of core: every byte of the trajectory is read once.
 
         traj          a Trajectory, or anything (N, T) that ``Trajectory.from_array`` takes
-        out           folder of the result; in memory (14 bytes per row) when None
+        out           folder of the result, or a URL; in memory (14 bytes per row) when None
+        executor      who runs the blocks: this process (None); "ranks" of torchrun, srun or mpirun; "dask", a
+                      cluster on this machine; "dask:ADDRESS" or a ``distributed.Client``, one that is there;
+                      any object with ``map_blocks``. Others than this process need a store and ``out``
         buffers       "skip" leaves them out of the result: their rows count as holes, whoever loads it keeps
                       the model's own. No buffer is ever sampled
-        memory_limit  bytes, or "4GiB", of host memory for the fit; a quarter of what is free by default
+        memory_limit  bytes, or "4GiB", of host memory for the fit, of each worker where there are several; a
+                      quarter of what is free by default
         resume        go on with an unfinished fit of the same settings at ``out``; False starts over
 
         A complete result of the same settings at ``out`` is opened, no work is done. Raises UsageError for
         no snapshot, MemoryLimitError with both numbers before anything is read, StoreExists naming the
         setting that differs, StoreCorrupt naming file, tensor and step; units done before an error are kept.
         """
-        from cmdgpu import ops
-        from cmdgpu.streaming.engine import plan_for, run_pass
-        from cmdgpu.streaming.passes import AssignAndFit
-
         traj = traj if isinstance(traj, Trajectory) else Trajectory.from_array(traj)
-        progress = progress or Silent()
-        limit = default_limit() if memory_limit is None else parse_bytes(memory_limit)
-        device = ops.resolve_device(self.device)
-        if buffers not in ("fit", "skip"):
-            raise UsageError(f"buffers cannot be {buffers!r} in a fit", hint="have: fit, skip")
-        self._require_fittable(traj)
-        mapped = traj.parameters if buffers == "fit" else traj.parameters.without("buffer")
-        frame = Frame(mapped, traj.steps, traj.source.rows)
-        most_modes = min(self.n_modes if self.threshold is None else MAX_MODES, self.n_samples)
-        plan = None
-        if out is None or not Path(out).exists():
-            self._require_room_for_clustering(traj, limit)
-            plan = plan_for(traj.source, frame, most_modes, device, limit, in_memory=out is None)
-        stage_s: dict[str, float] = {}
-
-        def decide() -> ModeSet:
-            return self._sample_and_cluster(traj, stage_s)
-
-        config = self._config() if buffers == "fit" else {**self._config(), "buffers": buffers}
-        provenance = self._provenance(
-            traj, config, ops.device_class(device), Path(out) if out is not None else None
+        asked = Asked(traj, self._settings(), None if out is None else place_of(out), buffers)
+        (fitted,) = fit_all(
+            [asked],
+            device=self.device,
+            executor=executor,
+            memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
+            resume=resume,
+            progress=progress or Silent(),
         )
-        begun = self._begin(out, frame, provenance, decide, resume)
-        if isinstance(begun, Result):
-            self._result, self._trajectory = begun, traj
-            self._run = _nothing_to_do(frame, str(device))
-            return self
-        assert plan is not None
-        work = AssignAndFit.of(frame, traj.dtype, begun.modes.references)
-        report = run_pass(traj.source, traj.columns, work, begun, plan, device, progress)
-        stage_s["pass"] = report.seconds
-        started = time.perf_counter()
-        self._result, self._trajectory = begun.finish(), traj
-        stage_s["finish"] = time.perf_counter() - started
-        name, _ = ops.choose(traj.dtype, len(frame.steps), begun.modes.n_modes, device)
-        self._run = _run_figures(report, stage_s, str(device), name)
+        self._keep(fitted, traj)
         return self
 
-    def _require_fittable(self, traj: Trajectory) -> None:
-        n_rows, n_snapshots = traj.shape
-        if n_snapshots == 0 or n_rows == 0:
+    def _settings(self) -> Settings:
+        return Settings(
+            self.n_modes, self.threshold, self.n_samples, self.sampling, self.affinity, self.random_state
+        )
+
+    def _keep(self, fitted: Fitted, traj: Trajectory) -> None:
+        self._result, self._run, self._trajectory = fitted.result, fitted.run, traj
+
+    @staticmethod
+    def fit_together(
+        cmds: Sequence[CMD],
+        trajs: Sequence[Trajectory],
+        outs: Sequence[Named],
+        *,
+        buffers: Literal["fit", "skip"] = "fit",
+        executor: Any = None,
+        memory_limit: int | str | None = None,
+        resume: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fit several in one pass over one trajectory: every block is read once for all of them.
+
+        ``trajs`` are that trajectory, or selections of its parameters, with the same snapshots; the device is
+        that of the first. The rest is as in ``fit``, and so are the bits of every result.
+        """
+        first = trajs[0]
+        if any(t.source is not first.source or list(t.columns) != list(first.columns) for t in trajs):
             raise UsageError(
-                f"{n_rows} rows and {n_snapshots} snapshots are nothing to fit",
-                file=traj.path,
-                hint="record at least one snapshot, three for correlations that mean anything",
+                "fits of one pass are of one trajectory, at the same snapshots",
+                hint="select parameters with sel(params=...) from one open trajectory",
             )
-        if n_snapshots < 3:
-            what = "every row is constant" if n_snapshots == 1 else "every moving row has |corr| = 1"
-            warnings.warn(f"with {n_snapshots} snapshots {what}", CmdgpuWarning, stacklevel=3)
-
-    def _require_room_for_clustering(self, traj: Trajectory, limit: int) -> None:
-        k = min(self.n_samples, traj.parameters.n_rows_of("parameter"))
-        needed = clustering_bytes(k, len(traj.columns))
-        if needed > limit:
-            raise MemoryLimitError(
-                f"clustering {k} sampled rows needs {show_bytes(needed)}, "
-                f"the memory limit is {show_bytes(limit)}",
-                hint=f"give {-(-needed // (1 << 20))}MiB or more, or sample fewer rows",
-            )
-
-    def _sample_and_cluster(self, traj: Trajectory, stage_s: dict[str, float]) -> ModeSet:
-        """Algorithm 1, steps 2 to 4."""
-        started = time.perf_counter()
-        sample = draw_sample(traj.parameters, self.n_samples, self.sampling, self.random_state)
-        values = traj.read_rows(sample.rows).astype(np.float32)
-        stage_s["sample"] = time.perf_counter() - started
-        started = time.perf_counter()
-        clustering = cluster_sample(
-            values.astype(np.float64),
-            n_modes=self.n_modes,
-            threshold=self.threshold,
-            affinity=self.affinity,
+        fitted = fit_all(
+            [
+                Asked(traj, cmd._settings(), place_of(out), buffers)
+                for cmd, traj, out in zip(cmds, trajs, outs, strict=True)
+            ],
+            device=cmds[0].device,
+            executor=executor,
+            memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
+            resume=resume,
+            progress=progress or Silent(),
         )
-        stage_s["cluster"] = time.perf_counter() - started
-        return ModeSet(
-            references=np.ascontiguousarray(values[clustering.references]),
-            reference_row=sample.rows[clustering.references],
-            sample_row=sample.rows,
-            sample_mode=clustering.labels,
-            sample=values,
-            linkage=np.ascontiguousarray(clustering.linkage),
-        )
+        for cmd, traj, one in zip(cmds, trajs, fitted, strict=True):
+            cmd._keep(one, traj)
 
-    def _begin(
-        self,
-        out: str | os.PathLike[str] | None,
-        frame: Frame,
-        provenance: Provenance,
-        decide: Callable[[], ModeSet],
-        resume: bool,
-    ) -> ResultWriter | Result:
-        if out is None:
-            return MemoryWriter(frame, decide(), provenance)
-        return begin_result(Path(out), frame, provenance, decide, resume=resume)
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "n_modes": self.n_modes if self.threshold is None else None,
-            "threshold": self.threshold,
-            "n_samples": self.n_samples,
-            "sampling": self.sampling,
-            "affinity": self.affinity,
-            "random_state": self.random_state,
-        }
-
-    def _provenance(
-        self, traj: Trajectory, config: dict[str, Any], device_class: str, out: Path | None
-    ) -> Provenance:
-        import torch
-
-        from cmdgpu import ops
-
-        code = {
-            "cmdgpu": __version__,
-            "operation": "assign_and_fit",
-            "torch": torch.__version__,
-            "triton": ops.triton_version(),
-            "numpy": np.__version__,
-            "device_class": device_class,
-        }
-        return Provenance(_source_identity(traj, out), config, code, _origin(traj, out))
+    @property
+    def is_fitted(self) -> bool:
+        return self._result is not None
 
     # ---- what was found -----------------------------------------------------------------------------
 
@@ -323,7 +246,7 @@ class CMD:
         All but the bytes are about parameters.
         """
         metrics = self.result.metrics
-        n_rows, n_snapshots = self.result.frame.n_rows, len(self.steps_)
+        n_rows, n_snapshots = self.result.frame.map.n_live, len(self.steps_)
         itemsize = fmt.storage(self._stored_dtype).numpy.itemsize
         return {
             "n_modes": self.n_modes_,
@@ -390,9 +313,13 @@ class CMD:
     # ---- loading ------------------------------------------------------------------------------------
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> CMD:
-        """A fitted decomposition from disk; its trajectory is used where it is still found beside it."""
-        result = open_result(Path(path))
+    def load(path: Named, trajectory: Trajectory | Named | None = None) -> CMD:
+        """A fitted decomposition from a folder or a URL.
+
+        Its trajectory is used where it is still found on the same machine, or on the same server; where it
+        lies elsewhere, ``trajectory`` says so. Raises UsageError for one that it was not fitted on.
+        """
+        result = open_result(place_of(path))
         config = result.provenance["config"]
         cmd = CMD(
             n_modes=config["n_modes"] or 10,
@@ -403,7 +330,15 @@ class CMD:
             random_state=config["random_state"],
         )
         cmd._result = result
-        cmd._trajectory = _find_source(result)
+        if trajectory is None:
+            cmd._trajectory = _find_source(result)
+            return cmd
+        given = trajectory if isinstance(trajectory, Trajectory) else Trajectory.open(trajectory)
+        cmd._trajectory = _fitted_part(result, given)
+        if cmd._trajectory is None:
+            raise UsageError(
+                "was not fitted on this trajectory", file=result.path, hint=f"{given.path} is another one"
+            )
         return cmd
 
     # ---- rebuilding ---------------------------------------------------------------------------------
@@ -464,7 +399,7 @@ class CMD:
         label = self._label(step)
         snapshot = self._snapshot(label, buffers)
         export = export_snapshot(
-            Path(path),
+            local_path(path, "an export"),
             self.result.frame.map,
             snapshot,
             format,
@@ -539,89 +474,74 @@ def _warn(text: str) -> None:
     warnings.warn(text, CmdgpuWarning, stacklevel=4)
 
 
+_TILE_ROWS: Final = 1 << 16
+"""Rebuilt at a time: float64 then stays in the cache."""
+
+
 class _RebuiltRows:
     """One step of the decomposition as numbers: a * r_mode(step) + b, unit by unit."""
 
     def __init__(self, result: Result, references_m: F64) -> None:
         self._result = result
-        # indexed by mode: ..., -2 and -1 take the last two entries, whose a is 0
+        # indexed by mode: ..., -2 and -1 take the last two entries, whose a is 0; of a hole a and b are NaN
         self._value_of = np.concatenate([references_m, [0.0, 0.0]])
 
     def read(self, start: int, stop: int) -> AnyArray:
         """Rows [start, stop): computed in float64, rounded once; NaN for non-finite rows."""
         rows = slice(start, stop)
-        mode = np.asarray(self._result.mode[rows])
-        a = np.asarray(self._result.a[rows]).astype(np.float64)
-        b = np.asarray(self._result.b[rows]).astype(np.float64)
-        rebuilt = a * self._value_of[mode] + b
-        rebuilt[mode == NON_FINITE] = np.nan
-        return rebuilt.astype(np.float32)
+        mode, a, b = (
+            np.asarray(array[rows]) for array in (self._result.mode, self._result.a, self._result.b)
+        )
+        out = np.empty(len(mode), dtype=np.float32)
+        for low in range(0, len(mode), _TILE_ROWS):
+            tile = slice(low, low + _TILE_ROWS)
+            rebuilt = np.take(self._value_of, mode[tile], mode="wrap")
+            rebuilt *= a[tile]
+            rebuilt += b[tile]
+            rebuilt[mode[tile] == NON_FINITE] = np.nan
+            out[tile] = rebuilt
+        return out
 
+    @property
+    def rows(self) -> int:
+        """Rows of a unit."""
+        return self._result.frame.rows
 
-def _source_identity(traj: Trajectory, out: Path | None) -> dict[str, Any]:
-    """What ties a result to its trajectory: the committed digests of the selected snapshots.
+    def announce(self, unit: int) -> None:
+        """A unit is read soon: the disk may begin."""
+        for array in (self._result.mode, self._result.a, self._result.b):
+            if isinstance(array, StoredRows):
+                array.announce(unit)
 
-    An array has none; a random token then stands for it, and its fits are never resumed by mistake.
-    """
-    identity: dict[str, Any] = {"steps": traj.steps.tolist(), "dtype": traj.dtype}
-    if isinstance(traj.source, StoreSource):
-        view = traj.source.view
-        positions: list[int] = traj.columns.tolist()
-        chosen = "".join(view.digests[t] for t in positions)
-        identity["layout"] = view.layout
-        identity["digest"] = fmt.sha256(view.layout.encode(), chosen.encode())
-    elif out is not None:
-        identity["token"] = os.urandom(16).hex()
-    return identity
-
-
-def _origin(traj: Trajectory, out: Path | None) -> str | None:
-    if traj.path is None or out is None:
-        return None
-    return os.path.relpath(traj.path.absolute(), out.absolute().parent)
+    def unit(self, unit: int) -> AnyArray:
+        """All rows of a unit, holes as NaN; for several threads at once."""
+        return self.read(*self._result.frame.unit(unit))
 
 
 def _find_source(result: Result) -> Trajectory | None:
     """The trajectory a stored result was fitted on, if it is still there and still the same."""
-    source, origin = result.provenance["source"], result.provenance["origin"]
-    if result.path is None or origin is None:
+    origin = result.provenance["origin"]
+    if result.path is None or origin is None or (place := followed(result.path, origin)) is None:
         return None
     try:
-        traj = Trajectory.open(result.path.absolute().parent / origin)
-        selected = traj.sel(steps=source["steps"])
+        return _fitted_part(result, Trajectory.open(place))
     except CmdgpuError:
         return None
-    identity = _source_identity(selected, None)
+
+
+def _fitted_part(result: Result, traj: Trajectory) -> Trajectory | None:
+    """What of a trajectory a result was fitted on; None where it was fitted on another."""
+    source = result.provenance["source"]
+    try:
+        selected = traj.sel(steps=source["steps"])
+    except StepNotFound:
+        return None
+    identity = selected.identity()
     same = all(identity.get(key) == source.get(key) for key in ("layout", "digest"))
-    return selected if same else None
-
-
-def _nothing_to_do(frame: Frame, device: str) -> dict[str, Any]:
-    """The figures of a run that found its result complete."""
-    return {
-        "device": device,
-        "implementation": None,
-        "rows_per_block": None,
-        "blocks_total": 0,
-        "units_total": frame.n_units,
-        "units_resumed": frame.n_units,
-        "bytes_read": 0,
-        "bytes_per_s": 0.0,
-        "planned_bytes": 0,
-        "stage_s": {},
-    }
-
-
-def _run_figures(report: PassReport, stage_s: dict[str, float], device: str, name: str) -> dict[str, Any]:
-    return {
-        "device": device,
-        "implementation": name,
-        "rows_per_block": report.plan.units_per_block * report.plan.rows,
-        "blocks_total": len(report.plan.blocks()),
-        "units_total": report.plan.n_units,
-        "units_resumed": report.units_resumed,
-        "bytes_read": report.bytes_read,
-        "bytes_per_s": report.bytes_per_s,
-        "planned_bytes": report.plan.needed_bytes,
-        "stage_s": stage_s,
-    }
+    recorded, fitted = selected.parameters, result.frame.map
+    if not same or any(t.name not in recorded or recorded[t.name] != t for t in fitted):
+        return None
+    if "tensors" not in source:
+        return selected
+    # by name: no regular expression of a file is ever run
+    return selected.only([t.name for t in fitted], tuple(result.provenance["params"]))

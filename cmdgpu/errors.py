@@ -6,8 +6,7 @@ speaks of as fields, so that ``--json`` can print them apart.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class CmdgpuError(Exception):
@@ -23,7 +22,7 @@ class CmdgpuError(Exception):
         self,
         message: str,
         *,
-        file: Path | str | None = None,
+        file: object = None,
         tensor: str | None = None,
         step: int | None = None,
         hint: str | None = None,
@@ -34,6 +33,10 @@ class CmdgpuError(Exception):
         self.step = step
         self.hint = self.remedy if hint is None else hint
         super().__init__(self._line())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {"file": self.file, "tensor": self.tensor, "step": self.step, "hint": self.hint}
+        return _rebuilt, (type(self), self.message, fields)
 
     def _line(self) -> str:
         where: list[str] = []
@@ -47,6 +50,11 @@ class CmdgpuError(Exception):
             where.append(f"step {self.step}")
         line = ": ".join([*where, self.message])
         return line if self.hint is None else f"{line}; {self.hint}"
+
+
+def _rebuilt(kind: type[CmdgpuError], message: str, fields: dict[str, Any]) -> CmdgpuError:
+    """An error that comes from another process."""
+    return kind(message, **fields)
 
 
 def printable(name: str, limit: int = 120) -> str:
@@ -87,6 +95,16 @@ class DurabilityUnknown(CmdgpuError):
 
 class RankLost(CmdgpuError):
     """A rank of a training job is gone or does not answer, while all of them record one snapshot."""
+
+
+class WorkerLost(CmdgpuError):
+    """Workers of a fit are gone, or nothing was done for longer than anybody waits."""
+
+
+class RemoteFailed(CmdgpuError):
+    """A server does not answer, or refuses: of the bytes that lie there it says nothing."""
+
+    remedy = "check the URL, the credentials in the environment and the network, then run it again"
 
 
 class WriteFailed(CmdgpuError):

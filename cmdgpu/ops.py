@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from cmdgpu_kernels import References, RowFit, class_sums
 from cmdgpu_kernels.native import files
+from cmdgpu_kernels.workers import run_in_workers
 from torch import Tensor
 
 from cmdgpu.errors import CmdgpuError, KernelError, UsageError
@@ -31,6 +32,8 @@ __all__ = [
     "fit_files",
     "prepare_references",
     "resolve_device",
+    "resolve_devices",
+    "run_in_workers",
     "triton_version",
     "workspace_bytes",
 ]
@@ -69,6 +72,27 @@ def resolve_device(name: str) -> torch.device:
     if index >= count:
         raise CmdgpuError(f"asked for {name}, found {count} CUDA devices", hint="use --device cpu")
     return torch.device("cuda", index)
+
+
+def resolve_devices(names: str) -> list[torch.device]:
+    """``cuda`` is every CUDA device, ``cuda:0,cuda:1`` these; any other name is the one device it names.
+
+    Raises UsageError for a device that is named twice, CmdgpuError for one that is not there and for devices
+    of several classes, which would not leave the same bits.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if names == "cuda" and count:
+        names = ",".join(f"cuda:{i}" for i in range(count))
+    devices = [resolve_device(name.strip()) for name in names.split(",")]
+    if len(set(devices)) < len(devices):
+        raise UsageError(f"{names!r} names a device twice", hint="name each once: cuda:0,cuda:1")
+    classes = {device_class(device) for device in devices} if len(devices) > 1 else set[str]()
+    if len(classes) > 1:
+        raise CmdgpuError(
+            f"{names} are devices of several classes ({', '.join(sorted(classes))})",
+            hint="their bits differ: choose devices of one class",
+        )
+    return devices
 
 
 def device_class(device: torch.device) -> str:
@@ -115,21 +139,24 @@ def can_fit_files(dtype: str, n_snapshots: int, n_modes: int) -> bool:
 
 
 def fit_files(
-    dtype: str, references: References, chunks: ChunkFiles, rows: int, coming: Sequence[str] | None
-) -> RowFit | None:
-    """``assign_and_fit`` of the first rows of files, one per snapshot; None when one is not what it must be.
+    dtype: str, references: Sequence[References], chunks: ChunkFiles, rows: int, coming: Sequence[str] | None
+) -> list[RowFit] | None:
+    """``assign_and_fit`` of the first rows of files, one per snapshot, against some sets of references.
 
-    ``coming`` names the files that this thread will ask for next.
+    The files are read once. The fits of one set each, in that order, with the bits they have alone and one
+    tensor ``ss`` for all; None when a file is not what it must be. ``coming`` names the files that this
+    thread will ask for next.
     """
-    name, _ = choose(dtype, references.snapshots, references.modes, torch.device("cpu"))
+    modes = sum(one.modes for one in references)
+    name, _ = choose(dtype, references[0].snapshots, modes, torch.device("cpu"))
     return kernels.fit_files(
         name, dtype, references, chunks.directory, chunks.names, chunks.n_bytes, chunks.kept, rows, coming
     )
 
 
-def files_workspace_bytes(dtype: str, n_snapshots: int, n_modes: int, threads: int) -> int:
-    """Memory of ``threads`` calls of ``fit_files`` beside their outputs."""
-    problem = _problem(dtype, n_snapshots, n_modes, torch.device("cpu"))
+def files_workspace_bytes(dtype: str, n_snapshots: int, modes: Sequence[int], threads: int) -> int:
+    """Memory of ``threads`` calls of ``fit_files`` beside their outputs; ``modes`` of every set."""
+    problem = _problem(dtype, n_snapshots, sum(modes), torch.device("cpu"))
     return kernels.files_workspace_bytes(problem, threads) + kernels.workspace_bytes(problem, threads)
 
 

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
@@ -39,6 +38,7 @@ from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.places import local_path
 
 
 class Recorder:
@@ -105,7 +105,7 @@ class Recorder:
         if not (unit.isprintable() and len(unit) <= 64):
             raise UsageError(f"a unit named {printable(unit)!r}", hint="a word of at most 64 characters")
         fmt.check_rows_per_chunk(rows_per_chunk, compressed=zstd)
-        self.path = Path(path)
+        self.path = local_path(path, "recording")
         self._every = every
         self._storage = fmt.storage(dtype)
         self._unit = unit

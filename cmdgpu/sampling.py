@@ -9,6 +9,7 @@ sampling routine, whose stream may change with its version.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
@@ -16,13 +17,17 @@ from typing import Final, Protocol, TypeAlias
 import numpy as np
 
 from cmdgpu.errors import UsageError
+from cmdgpu.memory import show_bytes
 from cmdgpu.notation import I64
 from cmdgpu.registry import Registry
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.view import StoreView
 
 N_CANDIDATES: Final = 8192
 """S: rows whose values a recorder keeps in the sketch."""
 _CANDIDATE_SEED: Final = 0
+_WORTH_A_WORD: Final = 64 << 20
+"""Bytes that are read before anybody wonders what takes so long."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,27 @@ def _draw_candidates(live: _Live) -> _Candidates:
         return _Candidates(live, everything, everything[:0])
     stream, pool = _Stream(_CANDIDATE_SEED), _Everything(live)
     uniform = pool.uniform(stream, N_CANDIDATES // 2, np.empty(0, np.int64))
-    taken = uniform
-    for tensor in range(live.n_tensors):
-        start, stop = live.bounds[tensor : tensor + 2].tolist()
-        first, last = np.searchsorted(uniform, (start, stop))
-        free = stop - start - int(last - first)
-        ranks = stream.subset(free, min(N_CANDIDATES // (2 * live.n_tensors), free))
-        before = uniform[first:last] - start
-        drawn = start + ranks + np.searchsorted(before - np.arange(len(before)), ranks, side="right")
-        taken = np.union1d(taken, drawn)
+    shares = _shares(live, stream, uniform, N_CANDIDATES // (2 * live.n_tensors))
+    taken = np.sort(np.concatenate([uniform, *shares]))
     rest = pool.uniform(stream, N_CANDIDATES - len(taken), taken)
-    return _Candidates(live, uniform, np.setdiff1d(np.union1d(taken, rest), uniform, assume_unique=True))
+    return _Candidates(live, uniform, np.concatenate([*shares, rest]))
+
+
+def _shares(live: _Live, stream: _Stream, taken: I64, k: int) -> list[I64]:
+    """k more rows of every tensor, or what it has left; nothing is drawn for k = 0."""
+    if not k:
+        return []
+    edges = np.searchsorted(taken, live.bounds).tolist()
+    bounds: list[int] = live.bounds.tolist()
+    shares: list[I64] = []
+    for (start, stop), (first, last) in zip(
+        itertools.pairwise(bounds), itertools.pairwise(edges), strict=True
+    ):
+        free = stop - start - (last - first)
+        ranks = stream.subset(free, min(k, free))
+        before = taken[first:last] - start
+        shares.append(start + ranks + np.searchsorted(before - np.arange(len(before)), ranks, side="right"))
+    return shares
 
 
 def candidate_rows(parameter_map: ParameterMap) -> I64:
@@ -186,3 +201,24 @@ def draw_sample(parameter_map: ParameterMap, n_samples: int, sampling: str, seed
     pool: _Pool = _draw_candidates(live) if from_candidates else _Everything(live)
     drawn, words = rule(live, pool, k, _Stream(seed))
     return Sample(live.rows(drawn), words, from_candidates)
+
+
+def announcement(sample: Sample, view: StoreView, n_snapshots: int) -> str | None:
+    """What reading the sample costs where the sketch does not hold it, in words; None where that is little.
+
+    Every chunk with a sampled row in it is read whole, at every one of the snapshots.
+    """
+    k, sketch = len(sample.rows), view.sketch_rows
+    if sketch is not None and bool(np.isin(sample.rows, sketch).all()):
+        return None
+    n_chunks = len(np.unique(sample.rows // view.rows)) * n_snapshots
+    n_bytes = n_chunks * view.rows * view.storage.numpy.itemsize
+    if n_bytes < _WORTH_A_WORD:
+        return None
+    if sketch is None:
+        why = f"a sample of {k} rows of a store without a sketch"
+    elif sample.from_candidates:
+        why = f"a sample of {k} rows that the sketch does not hold"
+    else:
+        why = f"a sample of {k} rows is beyond the {N_CANDIDATES // 2} that the sketch serves"
+    return f"{why}: {show_bytes(n_bytes)} in {n_chunks} chunks are read for it"

@@ -173,7 +173,7 @@ class ShardedRecording:
         def opened() -> _Store:
             journal = self._journal = begin(held)
             view = journal.view
-            return _Store(view.path, view.dtype, view.rows, view.zstd_level, view.sketch_rows)
+            return _Store(view.folder, view.dtype, view.rows, view.zstd_level, view.sketch_rows)
 
         self._store = ranks.first("opening the store", opened)
         cut = layout(held, self._store.rows)

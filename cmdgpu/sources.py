@@ -19,8 +19,10 @@ import numpy as np
 from cmdgpu.errors import CmdgpuWarning, UsageError
 from cmdgpu.notation import I64, AnyArray
 from cmdgpu.store import format as fmt
-from cmdgpu.store import zstd
+from cmdgpu.store import remote, zstd
+from cmdgpu.store.ahead import in_order
 from cmdgpu.store.parameter_map import ParameterMap, whole
+from cmdgpu.store.places import RemotePath
 from cmdgpu.store.view import StoreView
 
 FillTask: TypeAlias = Callable[[], int]
@@ -55,8 +57,13 @@ class Source(Protocol):
         """Work that fills ``W_tb`` (len(columns), >= (stop - unit) * rows), of the stored type."""
         ...
 
+    @property
+    def reads_in_flight(self) -> int:
+        """How many tasks, or reads of a chunk, are best run at once."""
+        ...
+
     def fill_bytes(self, n_columns: int) -> int:
-        """Memory that ``READS_IN_FLIGHT`` tasks need beside the slot."""
+        """Memory that ``reads_in_flight`` tasks need beside the slot."""
         ...
 
     def require(self, columns: I64) -> None:
@@ -76,6 +83,9 @@ class StoreSource:
 
     def __init__(self, view: StoreView) -> None:
         self.view = view
+        self.reads_in_flight = READS_IN_FLIGHT if view.is_local else remote.READS_IN_FLIGHT
+        # of a server every chunk is a request of its own, and all of them are to be under way
+        self._chunks_of_a_task = _CHUNKS_OF_A_TASK if view.is_local else 1
 
     @property
     def map(self) -> ParameterMap:
@@ -98,7 +108,7 @@ class StoreSource:
 
         def task(i: int, first: int) -> FillTask:
             def run() -> int:
-                times = columns[first : first + _CHUNKS_OF_A_TASK].tolist()
+                times = columns[first : first + self._chunks_of_a_task].tolist()
                 here = W_tb[first : first + len(times), (i - unit) * rows : (i - unit + 1) * rows]
                 self.view.read_chunks(i, times, list(here))
                 return here.nbytes
@@ -106,20 +116,26 @@ class StoreSource:
             return run
 
         for i in range(unit, stop):
-            for first in range(0, len(columns), _CHUNKS_OF_A_TASK):
+            for first in range(0, len(columns), self._chunks_of_a_task):
                 yield task(i, first)
 
     def fill_bytes(self, n_columns: int) -> int:
-        """A frame on its way to its place for every read in flight; what is not compressed needs none."""
+        """What is on its way to its place for every read in flight: a frame, the pieces of an object.
+
+        Nothing of a file that is not compressed.
+        """
         del n_columns
-        if not self.view.is_compressed:
-            return 0
-        frame = zstd.bound(self.rows * self.view.storage.numpy.itemsize)
-        return READS_IN_FLIGHT * (frame + fmt.CRC_BYTES + zstd.DECODER_BYTES)
+        n_bytes = self.rows * self.view.storage.numpy.itemsize
+        each = 0
+        if self.view.is_compressed:
+            each = n_bytes = zstd.bound(n_bytes) + fmt.CRC_BYTES
+            each += zstd.DECODER_BYTES
+        if isinstance(self.view.path, RemotePath):
+            each += self.view.path.client.held_bytes(n_bytes)
+        return self.reads_in_flight * each
 
     def require(self, columns: I64) -> None:
-        for t in columns.tolist():
-            self.view.crcs(t)
+        self.view.require(columns.tolist())
 
     def read_rows(self, rows: I64, columns: I64) -> AnyArray:
         """From the sketch when it holds them all, otherwise from every chunk that holds one of them."""
@@ -129,8 +145,13 @@ class StoreSource:
             assert self.view.sketch_rows is not None
             order = np.argsort(self.view.sketch_rows, kind="stable")
             at = order[np.searchsorted(self.view.sketch_rows, rows, sorter=order)]
-            for j, t in enumerate(columns.tolist()):
-                out[:, j] = self.view.read_sketch(t)[at]
+            times = columns.tolist()
+            sketch_of = self.view.read_sketch
+            sketches = map(sketch_of, times)
+            if not self.view.is_local:
+                sketches = in_order(sketch_of, times, self.reads_in_flight)
+            for j, sketch in enumerate(sketches):
+                out[:, j] = sketch[at]
             return out
         scratch = threading.local()
 
@@ -142,7 +163,7 @@ class StoreSource:
             out[wanted, j] = scratch.chunk[rows[wanted] - i * self.rows]
 
         units = np.unique(rows // self.rows).tolist()
-        with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="cmdgpu-read") as pool:
+        with ThreadPoolExecutor(self.reads_in_flight, thread_name_prefix="cmdgpu-read") as pool:
             for batch in _batches(itertools.product(units, range(len(columns))), 64):
                 for done in [pool.submit(read, i, j) for i, j in batch]:
                     done.result()
@@ -160,6 +181,8 @@ def _batches(items: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple
 
 class ArraySource:
     """Anything with a shape that can be sliced: NumPy, memmap, torch, zarr, dask; (N, T), row-major."""
+
+    reads_in_flight = READS_IN_FLIGHT
 
     def __init__(self, W_nt: Any) -> None:
         shape = tuple(int(size) for size in getattr(W_nt, "shape", ()))

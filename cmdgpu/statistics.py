@@ -94,30 +94,40 @@ class Totals:
             self.tensors[segment.tensor] += sums
         self.histogram[...] += unit.histogram
 
+    def of(self, chosen: BoolArray) -> F64:
+        """(len(FIELDS), 2 + M) of some tensors together, added one after the other; nothing is copied."""
+        return np.add.reduce(self.tensors, axis=0, where=chosen[:, None, None])
+
+
+def totals_bytes(parameter_map: ParameterMap, n_modes: int) -> int:
+    """Of ``Totals`` of that many tensors and modes."""
+    return 8 * (len(parameter_map) * len(FIELDS) * (_FIRST_MODE + n_modes) + n_modes * N_BINS)
+
 
 def summarise(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> dict[str, Any]:
     """The numbers of ``metrics_``; buffers stand apart, so that "parameters" means parameters."""
     is_parameter = _is_parameter(parameter_map)
+    parameters, buffers = totals.of(is_parameter), totals.of(~is_parameter)
     return {
-        "n_rows": int(totals.tensors[is_parameter, 0].sum()),
-        "n_buffer_rows": int(totals.tensors[~is_parameter, 0].sum()),
-        **_fit_of(totals.tensors[is_parameter], n_snapshots),
+        "n_rows": int(parameters[0].sum()),
+        "n_buffer_rows": int(buffers[0].sum()),
+        **_fit_of(parameters, n_snapshots),
         "mode_quantiles": [_quantiles(row) for row in totals.histogram],
     }
 
 
 def summarise_buffers(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> dict[str, Any]:
     """The same of buffers alone, but for the quantiles: their |corr| is in no histogram."""
-    sums = totals.tensors[~_is_parameter(parameter_map)]
-    return {"n_rows": int(sums[:, 0].sum()), **_fit_of(sums, n_snapshots)}
+    sums = totals.of(~_is_parameter(parameter_map))
+    return {"n_rows": int(sums[0].sum()), **_fit_of(sums, n_snapshots)}
 
 
 def _is_parameter(parameter_map: ParameterMap) -> BoolArray:
     return np.array([tensor.kind == "parameter" for tensor in parameter_map], dtype=bool)
 
 
-def _fit_of(tensors: F64, n_snapshots: int) -> dict[str, Any]:
-    count, ss, rss, abs_corr, corr2, below = tensors.sum(axis=0)
+def _fit_of(sums: F64, n_snapshots: int) -> dict[str, Any]:
+    count, ss, rss, abs_corr, corr2, below = sums
     moving = float(count[_FIRST_MODE:].sum())
     finite = float(count[1:].sum())
     energy, residual = float(ss[1:].sum()), float(rss[1:].sum())

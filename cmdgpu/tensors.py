@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -18,7 +20,8 @@ from cmdgpu.models import Patterns, compile_patterns, named_tensors, unwrap
 from cmdgpu.notation import AnyArray
 from cmdgpu.store import format as fmt
 from cmdgpu.store.durable import bytes_of
-from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
+from cmdgpu.store.parameter_map import ParameterMap, Piece, TensorEntry
+from cmdgpu.store.units_ahead import THREADS, UnitsAhead, UnitSource, units_kept, units_of
 
 BLOCK_ROWS: Final = 1 << 18
 """Rows handled at once when a tensor is rebuilt: what bounds the memory of load and export."""
@@ -40,6 +43,37 @@ Buffers: TypeAlias = Literal["recorded", "rebuilt", "skip"]
 the parameters (which can make a running variance negative), or left out."""
 
 
+@contextlib.contextmanager
+def reading_ahead(snapshot: Snapshot, entries: Sequence[TensorEntry]) -> Generator[Snapshot]:
+    """The same snapshot for who will ask for all of ``entries`` in their order: threads make the next units.
+
+    Tensors in several pieces are read to and fro, so nothing is read ahead where there is one.
+    """
+    asked: dict[int, tuple[RowSource, list[Piece]]] = {}
+    if all(len(entry.pieces) < 2 for entry in entries):
+        for entry in entries:
+            if (source := snapshot(entry)) is not None:
+                asked.setdefault(id(source), (source, []))[1].extend(entry.pieces)
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="cmdgpu-rebuild") as pool:
+        ahead: dict[int, UnitsAhead] = {}
+        for source, pieces in asked.values():
+            if not isinstance(source, UnitSource):
+                continue
+            kept = units_kept(source.rows, len(asked))
+            units = units_of(((piece.row, piece.stop) for piece in pieces), source.rows)
+            if min(kept, len(units)) > 1:
+                ahead[id(source)] = UnitsAhead(source, units, pool, kept)
+
+        def source_of(entry: TensorEntry) -> RowSource | None:
+            source = snapshot(entry)
+            return ahead.get(id(source), source)
+
+        try:
+            yield source_of
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def check_buffers(buffers: Buffers, may_be: tuple[Buffers, ...]) -> None:
     """Raises UsageError for another treatment of buffers than these."""
     if buffers not in may_be:
@@ -59,8 +93,16 @@ def flat_blocks(entry: TensorEntry, source: RowSource) -> Iterator[Tensor]:
         yield from _slabs(entry, source)
         return
     for piece in entry.pieces:
-        for start in range(piece.row, piece.stop, BLOCK_ROWS):
-            yield read_elements(entry, source, start, min(start + BLOCK_ROWS, piece.stop))
+        for start, stop in _blocks(piece.row, piece.stop):
+            yield _elements(source.read(start, stop), entry)
+
+
+def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) cut at multiples of BLOCK_ROWS: units end there, and what lies in one is no copy."""
+    while start < stop:
+        end = min((start // BLOCK_ROWS + 1) * BLOCK_ROWS, stop)
+        yield start, end
+        start = end
 
 
 def _slabs(entry: TensorEntry, source: RowSource) -> Iterator[Tensor]:
@@ -105,8 +147,7 @@ def read_elements(entry: TensorEntry, source: RowSource, start: int, stop: int) 
         return _elements(source.read(start, stop), entry)
     out = torch.empty(stop - start, dtype=torch_dtype(entry))
     raw = raw_bytes(out)
-    for low in range(start, stop, BLOCK_ROWS):
-        high = min(low + BLOCK_ROWS, stop)
+    for low, high in _blocks(start, stop):
         # copied as bytes: torch would wake its threads for every block, and wait for them on a busy machine
         part = slice((low - start) * out.itemsize, (high - start) * out.itemsize)
         raw[part] = raw_bytes(_elements(source.read(low, high), entry))
@@ -131,29 +172,40 @@ def build(entry: TensorEntry, source: RowSource) -> Tensor:
     for piece in entry.pieces:
         box = out[tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.size, strict=True))]
         flat = box.reshape(-1) if box.is_contiguous() else torch.empty(piece.n_rows, dtype=out.dtype)
-        for start in range(piece.row, piece.stop, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, piece.stop)
+        for start, stop in _blocks(piece.row, piece.stop):
             flat[start - piece.row : stop - piece.row] = _elements(source.read(start, stop), entry)
         if not box.is_contiguous():
             box.copy_(flat.reshape(piece.size))
     return out
 
 
-def select(parameter_map: ParameterMap, params: Patterns, buffers: Buffers = "recorded") -> list[TensorEntry]:
-    """Tensors one of whose names matches one of the regular expressions; all of them for None.
+def matching(parameter_map: ParameterMap, params: Patterns) -> list[TensorEntry]:
+    """Tensors one of whose names, aliases included, matches one of the regular expressions; all for None.
 
-    ``buffers="skip"`` leaves the buffers out. Raises UsageError when nothing is left.
+    Raises UsageError when none does, with the first names, and for what is no regular expression.
     """
     patterns = compile_patterns(params)
-    names = {t.name: [t.name] for t in parameter_map}
-    for alias, name in parameter_map.aliases.items():
-        names[name].append(alias)
-    chosen = [
-        t for t in parameter_map if not patterns or any(p.search(n) for p in patterns for n in names[t.name])
-    ]
+    if not patterns:
+        return list(parameter_map)
+    by_alias = {
+        name for alias, name in parameter_map.aliases.items() if any(p.search(alias) for p in patterns)
+    }
+    chosen = [t for t in parameter_map if t.name in by_alias or any(p.search(t.name) for p in patterns)]
     if not chosen:
-        have = ", ".join(t.name for t in parameter_map.tensors[:5])
-        raise UsageError(f"no tensor matches {params!r}", hint=f"have: {have}, ...")
+        have = [printable(t.name) for t in parameter_map.tensors[:5]]
+        raise UsageError(
+            f"no tensor matches {params!r}",
+            hint=f"have: {', '.join(have)}{', ...' if len(have) < len(parameter_map) else ''}",
+        )
+    return chosen
+
+
+def select(parameter_map: ParameterMap, params: Patterns, buffers: Buffers = "recorded") -> list[TensorEntry]:
+    """The tensors that are ``matching``; ``buffers="skip"`` leaves the buffers out of them.
+
+    Raises UsageError when nothing is left.
+    """
+    chosen = matching(parameter_map, params)
     if buffers == "skip":
         chosen = [t for t in chosen if t.kind != "buffer"]
         if not chosen:
@@ -169,9 +221,11 @@ def state_dict(
 ) -> OrderedDict[str, Tensor]:
     """Every selected tensor by name; tied names share one tensor, as in the model."""
     found: OrderedDict[str, Tensor] = OrderedDict()
-    for entry in select(parameter_map, params, buffers):
-        if (source := snapshot(entry)) is not None:
-            found[entry.name] = build(entry, source)
+    chosen = select(parameter_map, params, buffers)
+    with reading_ahead(snapshot, chosen) as ahead:
+        for entry in chosen:
+            if (source := ahead(entry)) is not None:
+                found[entry.name] = build(entry, source)
     for alias, name in parameter_map.aliases.items():
         if name in found:
             found[alias] = found[name]
@@ -182,14 +236,16 @@ def load_into(model: nn.Module, parameter_map: ParameterMap, snapshot: Snapshot,
     """Copy one snapshot into the model, in place, a block at a time.
 
     Every name and shape is checked before the first copy: a ModelMismatch leaves the model untouched.
-    Tensors the recording left out on purpose keep the model's own values. Of a sharded tensor this process
-    reads the box that it holds.
+    Tensors that the recording or a selection left out on purpose keep the model's own values. Of a sharded
+    tensor this process reads the box that it holds.
     """
     targets = {name: tensor for name, _, tensor in named_tensors(model)}
     _require_match(targets, parameter_map, path)
-    with torch.no_grad():
+    # of a sharded tensor only some units are asked for
+    whole = () if any(map(is_sharded, targets.values())) else parameter_map.tensors
+    with torch.no_grad(), reading_ahead(snapshot, whole) as ahead:
         for entry in parameter_map:
-            source = snapshot(entry)
+            source = ahead(entry)
             if source is None:
                 continue
             target = targets[entry.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +16,10 @@ from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.progress import Progress
 from cmdgpu.sources import ArraySource, Source, StoreSource
 from cmdgpu.store import format as fmt
+from cmdgpu.store.chunks import announce
 from cmdgpu.store.journal import Journal, nearest_steps
 from cmdgpu.store.parameter_map import ParameterMap, TensorEntry
+from cmdgpu.store.places import Named, Place, local_path, place_of
 from cmdgpu.store.verification import Damage, verify_store
 from cmdgpu.store.view import StoreView
 
@@ -45,9 +47,11 @@ class Trajectory:
         steps: I64,
         columns: I64,
         *,
-        path: Path | None = None,
+        path: Place | None = None,
         unit: str = "step",
         scalars: dict[str, F64] | None = None,
+        parameters: ParameterMap | None = None,
+        params: tuple[str, ...] = (),
     ) -> None:
         self.source = source
         self.path = path
@@ -55,15 +59,22 @@ class Trajectory:
         """What a step counts: step, epoch, ..."""
         self.columns = columns
         """(T,) positions of the selected snapshots in the source."""
+        self.params = params
+        """What chose the tensors, one regular expression for every ``sel``; empty when all are selected."""
+        self._parameters = source.map if parameters is None else parameters
         self._all_steps = steps
         self._all_scalars = scalars or {}
 
     # ---- where it comes from ------------------------------------------------------------------------
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Trajectory:
-        """A recorded trajectory. Raises NotAStore for anything else, StoreCorrupt for a damaged one."""
-        view = StoreView.open(Path(path))
+    def open(path: Named) -> Trajectory:
+        """A recorded trajectory, in a folder or under a URL (``s3://bucket/run.zarr``), read in place.
+
+        Raises NotAStore for anything else, StoreCorrupt for a damaged one, RemoteFailed naming the URL where
+        a server does not answer.
+        """
+        view = StoreView.open(place_of(path))
         return Trajectory(
             StoreSource(view),
             view.steps,
@@ -102,7 +113,7 @@ class Trajectory:
             return Trajectory(source, step_t, np.arange(source.n_snapshots))
         stored = fmt.storage(dtype or source.dtype)
         fmt.check_rows_per_chunk(rows_per_chunk, compressed=zstd)
-        _write_array(source, step_t, Path(out), stored, rows_per_chunk, compressed=zstd)
+        _write_array(source, step_t, local_path(out, "a new store"), stored, rows_per_chunk, compressed=zstd)
         return Trajectory.open(out)
 
     @staticmethod
@@ -157,7 +168,11 @@ class Trajectory:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, T): rows, selected snapshots."""
+        """(N, T): rows, selected snapshots.
+
+        N counts the rows of the store whichever tensors are selected, so that a row keeps its number;
+        ``parameters.n_live`` are those of the selected ones.
+        """
         return self.source.map.n_rows, len(self.columns)
 
     @property
@@ -182,8 +197,11 @@ class Trajectory:
 
     @property
     def parameters(self) -> ParameterMap:
-        """Which tensor lies in which rows: name, kind, dtype, shape, pieces; aliases; what was skipped."""
-        return self.source.map
+        """Which tensor lies in which rows: name, kind, dtype, shape, pieces; aliases; what was skipped.
+
+        Of a selection, the selected tensors.
+        """
+        return self._parameters
 
     @property
     def stored_bytes(self) -> int:
@@ -193,10 +211,28 @@ class Trajectory:
         n, t = self.shape
         return n * t * fmt.storage(self.dtype).numpy.itemsize
 
+    def identity(self) -> dict[str, Any]:
+        """What ties a fit to these numbers: the steps and, of a store, its layout and the digests of the
+        selected snapshots. An array has none of the latter. Of selected tensors a digest of their names,
+        whatever patterns chose them.
+        """
+        identity: dict[str, Any] = {"steps": self.steps.tolist(), "dtype": self.dtype}
+        if self.params:
+            identity["tensors"] = fmt.sha256(fmt.canonical([tensor.name for tensor in self.parameters]))
+        if isinstance(self.source, StoreSource):
+            view = self.source.view
+            positions: list[int] = self.columns.tolist()
+            identity["layout"] = view.layout
+            digests = (view.digests[t].encode() for t in positions)
+            identity["digest"] = fmt.sha256(view.layout.encode(), *digests)
+        return identity
+
     def __repr__(self) -> str:
         n, t = self.shape
         where = f" at {self.path}" if self.path else ""
-        return f"Trajectory({n} rows x {t} snapshots, {self.dtype}{where})"
+        live = self.parameters.n_live
+        rows = f"{n}" if live == n else f"{live} of {n}"
+        return f"Trajectory({rows} rows x {t} snapshots, {self.dtype}{where})"
 
     # ---- selecting ----------------------------------------------------------------------------------
 
@@ -206,12 +242,53 @@ class Trajectory:
         stop: int | None = None,
         stride: int = 1,
         steps: Sequence[int] | I64 | None = None,
+        params: Patterns = None,
     ) -> Trajectory:
-        """Some of the snapshots; nothing is copied.
+        """Some of the snapshots, some of the tensors; nothing is copied.
 
         ``start, stop, stride`` are positions, with slice semantics; ``steps`` are labels and exclude the
-        other three. Raises UsageError for a selection of nothing, StepNotFound naming the nearest steps.
+        other three. ``params`` are regular expressions searched for in the names, aliases included: a
+        network (``^generator\\.``), a layer, a tensor. The rows of all others are holes: they keep their
+        numbers, are NaN, and nothing of them is read or fitted; ``parameters.skipped`` lists their tensors.
+        Buffers go where their names match. A selection of a selection narrows it.
+        Raises UsageError for a selection of nothing, StepNotFound naming the nearest steps.
         """
+        return self._view(self._positions(start, stop, stride, steps), *self._narrowed(params))
+
+    def only(self, names: Collection[str], params: tuple[str, ...]) -> Trajectory:
+        """The tensors of these recorded names, as ``sel`` found them by ``params`` once before.
+
+        Raises KeyError for a name that is not there.
+        """
+        return self._view(np.arange(len(self.columns)), self.parameters.only(names), params)
+
+    def _view(self, positions: I64, parameters: ParameterMap, params: tuple[str, ...]) -> Trajectory:
+        return Trajectory(
+            self.source,
+            self._all_steps,
+            self.columns[positions],
+            path=self.path,
+            unit=self.unit,
+            scalars=self._all_scalars,
+            parameters=parameters,
+            params=params,
+        )
+
+    def _narrowed(self, params: Patterns) -> tuple[ParameterMap, tuple[str, ...]]:
+        """The map and the patterns of a selection; as they are where nothing is left out."""
+        if params is None:
+            return self.parameters, self.params
+        from cmdgpu.tensors import matching
+
+        chosen = self.parameters.only([t.name for t in matching(self.parameters, params)])
+        if chosen is self.parameters:
+            return chosen, self.params
+        return chosen, (*self.params, params if isinstance(params, str) else "|".join(params))
+
+    def _positions(
+        self, start: int | None, stop: int | None, stride: int, steps: Sequence[int] | I64 | None
+    ) -> I64:
+        """Positions of a selection among the selected snapshots, ascending."""
         if steps is not None:
             if start is not None or stop is not None or stride != 1:
                 raise UsageError(
@@ -228,14 +305,7 @@ class Trajectory:
                 f"start={start}, stop={stop}, stride={stride} selects none of {len(self.columns)} snapshots",
                 hint="start and stop are positions, not steps",
             )
-        return Trajectory(
-            self.source,
-            self._all_steps,
-            self.columns[positions],
-            path=self.path,
-            unit=self.unit,
-            scalars=self._all_scalars,
-        )
+        return positions
 
     def _position(self, step: int) -> int:
         """Position of a label among the selected snapshots; negative counts from the end."""
@@ -260,7 +330,8 @@ class Trajectory:
     def __getitem__(self, index: Any) -> AnyArray:
         """``traj[rows, columns]`` as numbers, with NumPy's slice and integer semantics, axes independent.
 
-        bfloat16 comes as float32. Rows are read chunk by chunk; a whole column costs one read of it.
+        bfloat16 comes as float32; rows of no selected tensor are NaN. Rows are read chunk by chunk; a whole
+        column costs one read of it.
         """
         axes = cast(tuple[Index, ...], index if isinstance(index, tuple) else (index,))
         if len(axes) != 2:
@@ -276,8 +347,15 @@ class Trajectory:
         """(len(rows), len(columns)) values as numbers; ``columns`` are positions among the selected ones."""
         chosen = self.columns if columns is None else self.columns[columns]
         order, back = np.unique(rows, return_inverse=True)
-        values = fmt.widen(self.source.read_rows(order, chosen), self.dtype)
-        return values[back.reshape(-1)]
+        live = self.parameters.are_live(order)
+        if live.all():
+            stored = self.source.read_rows(order, chosen)
+        else:
+            kind = fmt.storage(self.dtype)
+            stored = np.full((len(order), len(chosen)), kind.fill, dtype=kind.numpy)
+            if live.any():
+                stored[live] = self.source.read_rows(order[live], chosen)
+        return fmt.widen(stored, self.dtype)[back.reshape(-1)]
 
     def column(self, step: int) -> SnapshotReader:
         """One snapshot as rows of numbers; ``step`` is any recorded label, negative counts from the end."""
@@ -285,7 +363,7 @@ class Trajectory:
             t = int(self.columns[self._position(step)])
         else:
             t = int(self._everything()._position(step))
-        return SnapshotReader(self.source, t)
+        return SnapshotReader(self.source, t, self.parameters)
 
     def _everything(self) -> Trajectory:
         columns = np.arange(len(self._all_steps))
@@ -294,7 +372,7 @@ class Trajectory:
     def state_dict(
         self, step: int, params: Patterns = None, *, buffers: Buffers = "recorded"
     ) -> OrderedDict[str, Tensor]:
-        """The recorded tensors of one step, in their own dtype: bit for bit where the store is as wide.
+        """The selected tensors of one step, in their own dtype: bit for bit where the store is as wide.
 
         ``step`` is a recorded label, negative counts from the end; ``params`` are regular expressions;
         ``buffers="skip"`` leaves the buffers out.
@@ -306,7 +384,7 @@ class Trajectory:
     def load_into(self, model: nn.Module, step: int, *, buffers: Buffers = "recorded") -> None:
         """Copy one recorded snapshot into the model, in place; a ModelMismatch leaves it untouched.
 
-        With ``buffers="skip"`` the model keeps its own buffers.
+        With ``buffers="skip"`` the model keeps its own buffers, and of a selection all that is not selected.
         """
         from cmdgpu.tensors import load_into
 
@@ -333,7 +411,7 @@ class Trajectory:
 
         snapshot = self._snapshot(step, buffers)
         return export_snapshot(
-            Path(path),
+            local_path(path, "an export"),
             self.parameters,
             snapshot,
             format,
@@ -362,10 +440,11 @@ class Trajectory:
 
 
 class SnapshotReader:
-    """One column of a source, read a chunk at a time; the last chunk is kept."""
+    """One column of a source, read a chunk at a time; the last chunk is kept. Holes of the map are NaN."""
 
-    def __init__(self, source: Source, t: int) -> None:
+    def __init__(self, source: Source, t: int, parameters: ParameterMap) -> None:
         self._source = source
+        self._parameters = parameters
         self._columns = np.array([t], dtype=np.int64)
         source.require(self._columns)
         self._slot = np.empty((1, source.rows), dtype=fmt.storage(source.dtype).numpy)
@@ -373,21 +452,41 @@ class SnapshotReader:
 
     def read(self, start: int, stop: int) -> AnyArray:
         """Rows [start, stop) as numbers."""
-        rows = self._source.rows
-        out = np.empty(stop - start, dtype=fmt.storage(self._source.dtype).numpy)
-        for unit in range(start // rows, -(-stop // rows)):
-            self._load(unit)
-            low, high = max(start, unit * rows), min(stop, (unit + 1) * rows)
-            out[low - start : high - start] = self._slot[0, low - unit * rows : high - unit * rows]
+        rows, kind = self._source.rows, fmt.storage(self._source.dtype)
+        out = np.full(stop - start, kind.fill, dtype=kind.numpy)
+        for _, first, last in self._parameters.segments(start, stop):
+            for unit in range(first // rows, -(-last // rows)):
+                self._load(unit)
+                low, high = max(first, unit * rows), min(last, (unit + 1) * rows)
+                out[low - start : high - start] = self._slot[0, low - unit * rows : high - unit * rows]
         return fmt.widen(out, self._source.dtype)
 
     def _load(self, unit: int) -> None:
         if unit == self._unit:
             return
         self._unit = -1
-        for task in self._source.fill_tasks(unit, unit + 1, self._columns, self._slot):
-            task()
+        self._fill(unit, self._slot)
         self._unit = unit
+
+    def _fill(self, unit: int, slot: AnyArray) -> None:
+        for task in self._source.fill_tasks(unit, unit + 1, self._columns, slot):
+            task()
+
+    @property
+    def rows(self) -> int:
+        """Rows of a unit."""
+        return self._source.rows
+
+    def announce(self, unit: int) -> None:
+        """A unit is read soon: the disk may begin."""
+        if isinstance(self._source, StoreSource):
+            announce(self._source.view.chunk_path(unit, int(self._columns[0])))
+
+    def unit(self, unit: int) -> AnyArray:
+        """All rows of a unit as numbers, holes as they lie there; for several threads at once."""
+        slot = np.empty_like(self._slot)
+        self._fill(unit, slot)
+        return fmt.widen(slot[0], self._source.dtype)
 
 
 def _checked_steps(steps: Sequence[int] | I64 | None, n_snapshots: int) -> I64:
@@ -429,7 +528,7 @@ def _write_array(
     try:
         column = np.full(fmt.round_up(n_rows, rows), stored.fill, dtype=stored.numpy)
         for t, step in enumerate(steps.tolist()):
-            numbers = SnapshotReader(source, t).read(0, n_rows)
+            numbers = SnapshotReader(source, t, source.map).read(0, n_rows)
             column[:n_rows] = fmt.narrow(numbers, stored.name)
             assert journal.view.sketch_rows is not None
             journal.append(column, step, {}, column[journal.view.sketch_rows])

@@ -221,6 +221,18 @@ def test_an_import_is_measured_beside_plain_files(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["importing.json"]
 
 
+@pytest.mark.slow
+def test_a_grid_is_measured_beside_one_fit_and_plain_files(tmp_path: Path) -> None:
+    from benchmarks import grid
+
+    written = grid.main(["--tiny", "--in", str(tmp_path), "--out", str(tmp_path / "grid.json")])
+    plain, one, twelve = json.loads(written.read_text())["records"]
+    assert (plain["fits"], one["fits"], twelve["fits"]) == (0, 1, 12)
+    assert one["store_bytes"] == twelve["store_bytes"] == 4 * 12 * (512 * 4 + 4)
+    assert one["times_one"] == 1 and twelve["result_bytes"] > one["result_bytes"] > 14 * 2048
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.json"]
+
+
 def test_an_import_of_other_numbers_is_noticed(tmp_path: Path) -> None:
     from benchmarks import importing
 
@@ -228,6 +240,46 @@ def test_an_import_of_other_numbers_is_noticed(tmp_path: Path) -> None:
     sources.state["layers.3.weight"] += 1
     with pytest.raises(SystemExit, match="other numbers"):
         sources.import_()
+
+
+def test_a_trajectory_is_followed_from_its_first_byte_to_its_last(tmp_path: Path) -> None:
+    from benchmarks import scale
+
+    arguments = ["--tiny", "--in", str(tmp_path), "--out", str(tmp_path / "scale.json")]
+    records = json.loads(scale.main(arguments).read_text())["records"]
+    assert [r["stage"] for r in records] == ["synthesise", "sample", "fit", "export", "verify", "verify-fit"]
+    for r in records:
+        assert r["gb_per_s"] > 0 and 0 < r["peak_bytes"] < r["limit_bytes"] == 2 << 30
+        assert (r["times_plain"] is None) == (r["stage"] in ("synthesise", "sample"))
+    assert records[2]["bytes"] >= 20_000 * (8 * 4 + 14)
+    assert [file.name for file in tmp_path.iterdir()] == ["scale.json"]
+
+
+def test_a_fit_of_other_rows_than_were_planted_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import one_stage, scale
+
+    def with_a_flip(stage: str, folder: Path, *sizes: int) -> dict[str, Any]:
+        told = one_stage.measured(stage, folder, *sizes)
+        if stage == "export":
+            raw = bytearray((folder / one_stage.FILE).read_bytes())
+            raw[8 + int.from_bytes(raw[:8], "little")] ^= 1  # the first element
+            (folder / one_stage.FILE).write_bytes(raw)
+        return told
+
+    def with_another_label(*arguments: Any, **options: Any) -> kernels.ReferenceFit:
+        fit = right(*arguments, **options)
+        fit.mode[5:6] ^= 1
+        return fit
+
+    right = kernels.assign_and_fit_reference
+    monkeypatch.setattr(kernels, "assign_and_fit_reference", with_another_label)
+    told = scale.Scale(tmp_path, (4096, 6, 4), with_a_flip)
+    told.run()
+    fit, export = told.problems
+    assert fit == "fit: 1 of 2048 rows of chunk 0 have other labels"
+    assert export == "export: embed.weight is not a r + b"
 
 
 def test_the_gpu_suite_runs_on_any_device(tmp_path: Path) -> None:
@@ -276,7 +328,7 @@ def test_without_cuda_the_gpu_suite_says_so(
 # ---- the page -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["quick", "out-of-core", "storage", "importing", "gpu", "tune"])
+@pytest.mark.parametrize("name", ["quick", "out-of-core", "storage", "importing", "scale", "gpu", "tune"])
 def test_the_page_is_rendered_from_the_json(name: str) -> None:
     from benchmarks import render
 

@@ -23,6 +23,7 @@ def test_the_public_names_are_these() -> None:
         "Recorder",
         "Trajectory",
         "__version__",
+        "baselines",
         "plot",
     ]
     assert set(dir(cmdgpu)) >= set(cmdgpu.__all__)

@@ -29,6 +29,7 @@ from cmdgpu.errors import (
     UsageError,
     WriteFailed,
 )
+from cmdgpu.fitting import Settings
 from cmdgpu.notation import AnyArray
 from cmdgpu.results import (
     Frame,
@@ -587,7 +588,7 @@ def test_references_of_an_unfinished_fit_are_taken_from_disk(
 
     out = folder / "new.zarr"
     stop_midway(folder / "s.zarr", out)
-    monkeypatch.setattr("cmdgpu.decomposition.cluster_sample", never)
+    monkeypatch.setattr("cmdgpu.fitting.cluster_sample", never)
     cmd = work().fit(Trajectory.open(folder / "s.zarr"), out=out)
     assert "cluster" not in cmd.metrics_["stage_s"]
     assert tree_bytes(out) == tree_bytes(folder / "out.zarr")
@@ -660,7 +661,7 @@ def a_writer(out: Path) -> StoredWriter:
         np.array([[0, 1]], np.float32), np.empty((0, 4)),
     )  # fmt: skip
     source = {"dtype": "float32", "steps": frame.steps.tolist()}
-    provenance = Provenance(source, CMD(1)._config(), {"cmdgpu": "0"})  # pyright: ignore[reportPrivateUsage]
+    provenance = Provenance(source, Settings(1).to_json(), {"cmdgpu": "0"})
     begun = begin_result(out, frame, provenance, lambda: modes, resume=True)
     assert isinstance(begun, StoredWriter)
     return begun

@@ -157,7 +157,8 @@ def test_a_label_that_is_not_there_names_the_nearest(step: int) -> None:
 
 
 def test_labels_exclude_positions_and_an_empty_selection_is_refused() -> None:
-    for other in ({"start": 0}, {"stop": 3}, {"stride": 2}):
+    others: list[dict[str, Any]] = [{"start": 0}, {"stop": 3}, {"stride": 2}]
+    for other in others:
         with pytest.raises(UsageError, match="either steps or"):
             LONG.sel(steps=[0], **other)
     with pytest.raises(UsageError):

@@ -24,6 +24,7 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import crc32c
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.parameter_map import ParameterMap, whole
+from cmdgpu.store.places import Place
 from cmdgpu.store.verification import verify_store
 from cmdgpu.store.view import StoreView
 
@@ -139,8 +140,15 @@ def leftovers(path: Path) -> list[str]:
     return sorted(p.name for p in path.rglob("*.partial"))
 
 
-def tree_bytes(path: Path) -> dict[str, bytes]:
+def on_disk(place: Place) -> Path:
+    """A place that is a path on this machine."""
+    assert isinstance(place, Path)
+    return place
+
+
+def tree_bytes(place: Place) -> dict[str, bytes]:
     """Every file of a tree but the lock, by its relative name."""
+    path = on_disk(place)
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))

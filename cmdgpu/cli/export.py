@@ -8,12 +8,14 @@ from typing import Literal
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
+from cmdgpu.cli.places import PlaceType
 from cmdgpu.memory import show_bytes
+from cmdgpu.store.places import Place
 
 
 @command("export")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@click.argument("source", type=PlaceType())
+@click.option("-o", "--out", required=True, type=PlaceType("an export"), help="File or folder to write.")
 @click.option("--step", type=int, default=-1, show_default=True, help="A step; -1 is the last one.")
 @click.option(
     "--format",
@@ -32,7 +34,7 @@ from cmdgpu.memory import show_bytes
 def run(
     context: Context,
     *,
-    source: Path,
+    source: Place,
     out: Path,
     step: int,
     kind: str | None,

@@ -1,4 +1,4 @@
-"""``cmdgpu fit``."""
+"""``cmdgpu fit``: one trajectory, or many with many settings."""
 
 from __future__ import annotations
 
@@ -9,24 +9,42 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
-from cmdgpu.cli.steps import parse_steps
+from cmdgpu.cli.steps import parse_numbers, parse_steps
 from cmdgpu.errors import UsageError
 from cmdgpu.memory import MemoryMeter, show_bytes
+from cmdgpu.progress import Silent
 
 if TYPE_CHECKING:
+    from cmdgpu.batch import GridFit
     from cmdgpu.decomposition import CMD
+    from cmdgpu.trajectory import Trajectory
 
 
 @command("fit")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the result.")
-@click.option("--modes", type=int, help="M, the largest number of modes.  [default: 10]")
+@click.argument("stores", nargs=-1, required=True, metavar="STORE...")
+@click.option("-o", "--out", required=True, help="The result; of several fits, the folder of their results.")
+@click.option("--modes", help="M, the largest number of modes; several: 2,5,10.  [default: 10]")
 @click.option("--threshold", type=float, help="Cut the clustering at this distance instead of at M modes.")
 @click.option("--samples", type=int, default=1000, show_default=True, help="K, rows that are clustered.")
 @click.option("--sampling", default="layer-balanced", show_default=True, help="layer-balanced or uniform.")
 @click.option("--affinity", default="abs-corr", show_default=True, help="abs-corr or corr-profile.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--seed", "--seeds", "seeds", default="0", show_default=True, help="Of the sample; several: 0:5."
+)
+@click.option("--params", multiple=True, metavar="REGEX", help="Fit the tensors whose name matches alone.")
+@click.option("--per-module", is_flag=True, help="One fit for each network: each first part of the names.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda (all of them), cuda:1, cuda:0,cuda:1.",
+)
+@click.option(
+    "--executor",
+    default="local",
+    show_default=True,
+    help="Who computes: local, ranks (torchrun, srun), dask, dask:ADDRESS.",
+)
 @click.option(
     "--memory-limit", help="Host memory of the fit: 512MiB, 4GiB.  [default: a quarter of what is free]"
 )
@@ -45,15 +63,18 @@ if TYPE_CHECKING:
 def run(
     context: Context,
     *,
-    store: Path,
-    out: Path,
-    modes: int | None,
+    stores: tuple[str, ...],
+    out: str,
+    modes: str | None,
     threshold: float | None,
     samples: int,
     sampling: str,
     affinity: str,
-    seed: int,
+    seeds: str,
+    params: tuple[str, ...],
+    per_module: bool,
     device: str,
+    executor: str,
     memory_limit: str | None,
     start: int | None,
     stop: int | None,
@@ -64,60 +85,131 @@ def run(
 ) -> Outcome:
     """Decompose the trajectory STORE into modes and write the result to OUT.
 
-    Every byte of the store is read once. A killed fit goes on where it stopped when the same command is
-    given again, with the same result, bit for bit.
+    Every byte of the store is read once, for all fits of it. With several stores, modes, seeds or modules,
+    OUT is a folder, and every combination has a result there. A killed fit goes on where it stopped when the
+    same command is given again, with the same result, bit for bit.
 
     \b
     cmdgpu fit run.zarr -o run.cmd.zarr --modes 10
     cmdgpu fit run.zarr -o strict.cmd.zarr --threshold 0.1 --start 50
     cmdgpu fit run.zarr -o small.cmd.zarr --memory-limit 512MiB --device cpu
+    cmdgpu fit run*.zarr -o fits/ --modes 2,5,10 --seeds 0:5
+    cmdgpu fit gan.zarr -o fits/ --per-module
+    torchrun --nproc-per-node 4 -m cmdgpu fit run.zarr -o run.cmd.zarr --executor ranks
     """
     if modes is not None and threshold is not None:
         raise UsageError("--modes and --threshold exclude each other", hint="leave one of them out")
+    from cmdgpu.batch import Selection, fit_grid
     from cmdgpu.decomposition import CMD
     from cmdgpu.trajectory import Trajectory
 
-    cmd = CMD(
-        n_modes=10 if modes is None else modes,
-        threshold=threshold,
-        n_samples=samples,
-        sampling=sampling,
-        affinity=affinity,
-        random_state=seed,
-        device=device,
-    )
-    traj = Trajectory.open(store)
-    if (start, stop, stride, steps) != (None, None, 1, None):
-        traj = traj.sel(start, stop, stride, parse_steps(steps))
+    asked_modes = parse_numbers("--modes", modes or "10")
+    asked_seeds = parse_numbers("--seeds", seeds)
+    selection = Selection(start, stop, stride, parse_steps(steps), list(params) or None)
+    rank = _rank(executor)
+    progress = context.progress if not rank else Silent()
+    several = len(stores) > 1 or len(asked_modes) > 1 or len(asked_seeds) > 1
     importlib.import_module("cmdgpu.streaming.engine")  # torch and its libraries are not the fit's memory
+    options: dict[str, Any] = {
+        "executor": executor, "buffers": buffers, "memory_limit": memory_limit,
+        "resume": resume, "progress": progress,
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "threshold": threshold, "n_samples": samples, "sampling": sampling, "affinity": affinity,
+        "device": device,
+    }  # fmt: skip
+    if several or per_module or (out.endswith("/") and not Path(out, "zarr.json").exists()):
+        with MemoryMeter() as meter:
+            fits = fit_grid(
+                stores, out, n_modes=asked_modes, seeds=asked_seeds, per_module=per_module,
+                selection=selection, **settings, **options,
+            )  # fmt: skip
+        return _told_by(rank, _grid_outcome(fits, meter))
+    store = next(iter(stores))
+    cmd = CMD(n_modes=asked_modes[0], random_state=asked_seeds[0], **settings)
+    traj = selection.of(Trajectory.open(store))
     with MemoryMeter() as meter:
-        cmd.fit(
-            traj,
-            out=out,
-            buffers=buffers,
-            memory_limit=memory_limit,
-            resume=resume,
-            progress=context.progress,
-        )
+        cmd.fit(traj, out=out, **options)
+    return _told_by(rank, _one_outcome(store, traj, cmd, out, meter))
+
+
+def _rank(executor: str) -> int:
+    """Of a process that a launcher started: the first one alone speaks."""
+    if executor != "ranks":
+        return 0
+    from cmdgpu.streaming.executors import RankStride
+
+    return RankStride.here().rank
+
+
+def _told_by(rank: int, outcome: Outcome) -> Outcome:
+    outcome.spoken = rank == 0
+    return outcome
+
+
+def _one_outcome(store: str, traj: Trajectory, cmd: CMD, out: str, meter: MemoryMeter) -> Outcome:
     n_rows, n_snapshots = traj.shape
-    chosen = traj.steps
+    live, chosen = traj.parameters.n_live, traj.steps
+    rows = f"{n_rows} rows" if live == n_rows else f"{live} of {n_rows} rows"
     head = (
-        f"source  {store}, {n_rows} rows x {n_snapshots} snapshots, {traj.dtype}, "
+        f"source  {store}, {rows} x {n_snapshots} snapshots, {traj.dtype}, "
         f"{show_bytes(traj.stored_bytes)}, {traj.unit}s {chosen[0]}..{chosen[-1]}"
     )
-    payload = _payload(cmd, out, meter)
     tail = f"wrote {out}, peak memory {show_bytes(meter.above_start_bytes)} above the start"
+    payload = {"out": out, **cmd.metrics_, "buffers": cmd.buffer_metrics_, **_peaks(meter)}
     return Outcome(payload, "\n".join([head, cmd.summary(), tail]))
 
 
-def _payload(cmd: CMD, out: Path, meter: MemoryMeter) -> dict[str, Any]:
+def _peaks(meter: MemoryMeter) -> dict[str, int]:
     import torch
 
     device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {
-        "out": str(out),
-        **cmd.metrics_,
-        "buffers": cmd.buffer_metrics_,
-        "peak_rss_bytes": meter.above_start_bytes,
-        "peak_device_bytes": device_bytes,
+    return {"peak_rss_bytes": meter.above_start_bytes, "peak_device_bytes": device_bytes}
+
+
+def _grid_outcome(fits: list[GridFit], meter: MemoryMeter) -> Outcome:
+    """One table of all fits, a line each; what failed says why below it."""
+    width = max(len(fit.out.name) for fit in fits)
+    lines = [f"{'result':{width}s}    M  modes  seed  mean |corr|     R^2   by energy    constant    bytes"]
+    lines += [_grid_line(fit, width) for fit in fits]
+    failed = [fit for fit in fits if fit.error is not None]
+    lines += [f"failed  {fit.out.name}: {fit.error}" for fit in failed]
+    # a pass is shared by the fits of a store: its bytes and seconds are counted once
+    done = [(str(fit.store), fit.cmd.metrics_) for fit in fits if fit.error is None]
+    passes = {(store, metrics["stage_s"].get("pass")): metrics for store, metrics in done}
+    n_bytes = sum(metrics["bytes_read"] for metrics in passes.values())
+    seconds = sum(metrics["stage_s"].get("pass", 0.0) for metrics in passes.values())
+    rate = f", {show_bytes(n_bytes)} read in {seconds:.1f} s" if seconds else ""
+    lines.append(
+        f"{len(fits) - len(failed)} of {len(fits)} fits of {len({fit.store for fit in fits})} stores in "
+        f"{fits[0].out.parent}{rate}, peak memory {show_bytes(meter.above_start_bytes)} above the start"
+    )
+    payload = {
+        "fits": [_grid_entry(fit) for fit in fits],
+        "n_failed": len(failed),
+        "bytes_read": n_bytes,
+        **_peaks(meter),
     }
+    return Outcome(payload, "\n".join(lines), ok=not failed)
+
+
+def _grid_line(fit: GridFit, width: int) -> str:
+    asked = "-" if fit.cmd.threshold is not None else str(fit.cmd.n_modes)
+    if fit.error is not None:
+        return f"{fit.out.name:{width}s}  {asked:>3s}      -  {fit.seed:4d}  failed"
+    found = fit.cmd.metrics_
+    return (
+        f"{fit.out.name:{width}s}  {asked:>3s}  {found['n_modes']:5d}  {fit.seed:4d}  "
+        f"{found['mean_abs_correlation']:11.4f}  {found['r2']:6.4f}  {found['r2_energy']:10.4f}  "
+        f"{found['n_constant']:10d}  {show_bytes(found['result_bytes']):>7s}"
+    )
+
+
+def _grid_entry(fit: GridFit) -> dict[str, Any]:
+    asked = {
+        "store": str(fit.store), "out": str(fit.out), "module": fit.module, "seed": fit.seed,
+        "modes": None if fit.cmd.threshold is not None else fit.cmd.n_modes, "threshold": fit.cmd.threshold,
+    }  # fmt: skip
+    if fit.error is not None:
+        return {**asked, "error": str(fit.error)}
+    return {**asked, **fit.cmd.metrics_, "buffers": fit.cmd.buffer_metrics_}

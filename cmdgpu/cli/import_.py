@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
+from cmdgpu.cli.places import PlaceType
 from cmdgpu.cli.steps import parse_steps
 from cmdgpu.errors import UsageError, printable
 from cmdgpu.memory import MemoryMeter, show_bytes
@@ -22,7 +23,7 @@ _MOST_SHOWN = 20
 
 @command("import")
 @click.argument("paths", nargs=-1, metavar="PATHS...")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PlaceType("an import"))
 @click.option(
     "--steps",
     help="Step of every checkpoint, in the order given (a folder or glob: natural order): 0,100,200.",

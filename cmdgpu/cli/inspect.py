@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
+from cmdgpu.cli.places import PlaceType
 from cmdgpu.errors import NotAStore, UsageError, printable
 from cmdgpu.memory import show_bytes
 
 if TYPE_CHECKING:
     from cmdgpu.importing import Look
     from cmdgpu.store.parameter_map import ParameterMap
+    from cmdgpu.store.places import Place
+
+_SHOWN: Final = 8
+"""Modules named in one line."""
 
 
 @command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PlaceType())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-def run(context: Context, *, path: Path, tensors: bool) -> Outcome:
+@click.option("--params", multiple=True, metavar="RE", help="Only tensors whose name matches; repeatable.")
+def run(context: Context, *, path: Place, tensors: bool, params: tuple[str, ...]) -> Outcome:
     """Say what PATH holds: a trajectory, a result, or checkpoints that could be imported.
 
     An unfinished fit says how far it is. Of checkpoints (a file, a folder, a glob) only headers are read: the
-    steps found, what an import would take and skip, and what would keep it from its work.
+    steps found, what an import would take and skip, and what would keep it from its work. With --params a
+    trajectory is described as a fit of these tensors would see it.
 
     \b
     cmdgpu inspect run.zarr --tensors
+    cmdgpu inspect gan.zarr --params ^generator --tensors
     cmdgpu inspect run.cmd.zarr --json
     cmdgpu inspect 'out/checkpoint-*'
     """
@@ -36,8 +43,11 @@ def run(context: Context, *, path: Path, tensors: bool) -> Outcome:
     try:
         kind = kind_of(path)
     except (NotAStore, UsageError) as no_store:
+        if params:
+            raise
         return _checkpoints(path, tensors, no_store)
-    payload, lines, parameter_map = _trajectory(path) if kind == "trajectory" else _result(path)
+    describe = _trajectory if kind == "trajectory" else _result
+    payload, lines, parameter_map = describe(path, list(params))
     if tensors:
         payload["tensors"] = [
             {"name": t.name, "kind": t.kind, "dtype": t.dtype, "shape": list(t.shape)} for t in parameter_map
@@ -53,11 +63,13 @@ def run(context: Context, *, path: Path, tensors: bool) -> Outcome:
     return Outcome({"kind": kind, **payload}, "\n".join(lines))
 
 
-def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
+def _trajectory(path: Place, params: list[str]) -> tuple[dict[str, Any], list[str], ParameterMap]:
     from cmdgpu.sources import StoreSource
     from cmdgpu.trajectory import Trajectory
 
     traj = Trajectory.open(path)
+    if params:
+        traj = traj.sel(params=params)
     assert isinstance(traj.source, StoreSource)
     view, mapped = traj.source.view, traj.parameters
     steps = traj.steps
@@ -74,6 +86,7 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         "unit": traj.unit,
         "steps": span,
         "scalars": sorted(traj.scalars),
+        "modules": mapped.modules(),
         "n_tensors": len(mapped),
         "n_parameters": mapped.n_rows_of("parameter"),
         "n_buffers": mapped.n_rows_of("buffer"),
@@ -94,20 +107,34 @@ def _trajectory(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         f"{show_bytes(traj.stored_bytes)}, {when}",
         f"  {len(mapped)} tensors: {payload['n_parameters']} parameters, "
         f"{payload['n_buffers']} buffer elements, {len(mapped.aliases)} tied names",
+        f"  modules: {_listed(payload['modules'])}",
         f"  chunks of {view.rows} rows{', zstd' if view.is_compressed else ''}, "
         f"{payload['sketch_rows']} candidates in the sketch",
         f"  scalars: {', '.join(payload['scalars']) or 'none'}",
     ]
     if files := [file.name for origin in view.sources if origin is not None for file in origin.files]:
         lines.append(f"  imported from {len(files)} files, {files[0]} to {files[-1]}")
-    lines += [f"  skipped {printable(name)}: {reason}" for name, reason in mapped.skipped]
+    recorded = traj.source.map
+    lines += [f"  skipped {printable(name)}: {reason}" for name, reason in recorded.skipped]
+    if left := len(recorded) - len(mapped):
+        lines.append(f"  {left} tensors are not selected")
     return payload, lines, mapped
 
 
-def _result(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
-    from cmdgpu.results import describe_result
+def _listed(names: list[str]) -> str:
+    more = f", {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(printable(name, 60) for name in names[:_SHOWN]) or "none") + more
+
+
+def _result(path: Place, params: list[str]) -> tuple[dict[str, Any], list[str], ParameterMap]:
+    from cmdgpu.results import describe_result, spoken
 
     found = describe_result(path)
+    mapped = found.frame.map
+    if params:
+        from cmdgpu.tensors import matching
+
+        mapped = mapped.only([tensor.name for tensor in matching(mapped, params)])
     metrics = found.metrics or {}
     payload = {
         "status": found.status,
@@ -116,27 +143,30 @@ def _result(path: Path) -> tuple[dict[str, Any], list[str], ParameterMap]:
         "r2": metrics.get("r2"),
         "mean_abs_correlation": metrics.get("mean_abs_correlation"),
         "units_done": found.units_done,
-        "units_total": found.frame.n_units,
+        "units_total": len(found.frame.live_units),
         "config": dict(found.config),
         "source": dict(found.source),
+        "params": list(found.params),
         "fingerprint": found.fingerprint,
     }
     lines = [
         f"result  {path}",
-        f"  {found.status}: {found.units_done} of {found.frame.n_units} units, {found.frame.n_rows} rows x "
-        f"{len(found.frame.steps)} snapshots, {found.n_modes} modes",
+        f"  {found.status}: {found.units_done} of {len(found.frame.live_units)} units, "
+        f"{found.frame.map.n_live} rows x {len(found.frame.steps)} snapshots, {found.n_modes} modes",
         "  " + ", ".join(f"{key} {value}" for key, value in found.config.items() if value is not None),
     ]
+    if found.params:
+        lines.append(f"  only tensors that match {spoken(found.params)}: {len(found.frame.map)} of them")
     if found.metrics:
         lines.append(f"  mode sizes {metrics['mode_sizes']}")
         lines.append(f"  mean |corr| {metrics['mean_abs_correlation']}, R^2 {metrics['r2']}")
-    return payload, lines, found.frame.map
+    return payload, lines, mapped
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------
 
 
-def _checkpoints(path: Path, tensors: bool, no_store: NotAStore | UsageError) -> Outcome:
+def _checkpoints(path: Place, tensors: bool, no_store: NotAStore | UsageError) -> Outcome:
     """Raises ``no_store`` again where there is no checkpoint either."""
     from cmdgpu.importing import look
 
@@ -176,7 +206,7 @@ def _checkpoints(path: Path, tensors: bool, no_store: NotAStore | UsageError) ->
     return Outcome(payload, "\n".join(_look_lines(path, found, payload, tensors)))
 
 
-def _look_lines(path: Path, found: Look, payload: dict[str, Any], tensors: bool) -> list[str]:
+def _look_lines(path: Place, found: Look, payload: dict[str, Any], tensors: bool) -> list[str]:
     lines = [
         f"{len(found.checkpoints)} checkpoints  {path}",
         *(

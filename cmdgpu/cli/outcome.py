@@ -34,6 +34,8 @@ class Outcome:
     """Keys of the JSON object beyond the envelope."""
     text: str
     """What a person reads."""
+    spoken: bool = True
+    """False: another rank of the same command says it."""
     ok: bool = True
     """False: the command did its work and found something wrong (exit code 1)."""
 
@@ -101,6 +103,8 @@ def _run(
             traceback.print_exc()
     except MemoryError:
         error, code = CmdgpuError("out of memory", hint="give a smaller --memory-limit"), 1
+    if outcome is not None and not outcome.spoken:
+        sys.exit(code)
     if as_json:
         envelope: dict[str, Any] = {
             "schema": _SCHEMA,

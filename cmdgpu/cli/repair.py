@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
+from cmdgpu.cli.places import PlaceType
 
 if TYPE_CHECKING:
     from cmdgpu.repairing import Repair
 
 
 @command("repair")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PlaceType("a repair"))
 @click.option("--to", type=int, help="Go back to this step at most; what lies after it is dropped.")
 @click.option("--yes", is_flag=True, help="Do it; without, say what would be done (a terminal is asked).")
 def run(context: Context, *, path: Path, to: int | None, yes: bool) -> Outcome:

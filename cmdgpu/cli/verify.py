@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from cmdgpu.cli.outcome import Context, Outcome, command
+from cmdgpu.cli.places import PlaceType
 from cmdgpu.memory import show_bytes
+from cmdgpu.store.places import Place
 
 _REMEDIES = {
     "trajectory": "put the files back from a copy, or let `cmdgpu repair` say what going back would cost; "
@@ -17,9 +17,9 @@ _REMEDIES = {
 
 
 @command("verify")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PlaceType())
 @click.option("--quick", is_flag=True, help="Metadata, presence, sizes and digests; not every byte.")
-def run(context: Context, *, path: Path, quick: bool) -> Outcome:
+def run(context: Context, *, path: Place, quick: bool) -> Outcome:
     """Check the trajectory or result at PATH; exit code 1 when anything is damaged.
 
     Every damaged file is named with its step and its tensors. Nothing is changed.

@@ -15,7 +15,7 @@ from cmdgpu.exporting.contract import FORMATS, Export, Format
 from cmdgpu.memory import parse_bytes
 from cmdgpu.models import Patterns
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.tensors import Buffers, Snapshot, select
+from cmdgpu.tensors import Buffers, Snapshot, reading_ahead, select
 
 __all__ = ["FORMATS", "Export", "export_snapshot"]
 
@@ -61,6 +61,7 @@ def export_snapshot(
     chosen = tuple(select(parameter_map, params, buffers))
     kept = {entry.name for entry in chosen}
     aliases = {alias: name for alias, name in parameter_map.aliases.items() if name in kept}
-    export = write(path, ParameterMap(chosen, aliases), snapshot)
+    with reading_ahead(snapshot, chosen) as ahead:
+        export = write(path, ParameterMap(chosen, aliases), ahead)
     has_buffers = any(entry.kind == "buffer" and entry.name not in export.left_out for entry in chosen)
     return replace(export, buffers_step=buffers_step if has_buffers else None)

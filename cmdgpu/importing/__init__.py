@@ -20,6 +20,7 @@ from cmdgpu.importing.torch_file import TorchFile
 from cmdgpu.importing.writing import ImportReport, carry_out
 from cmdgpu.memory import default_limit, parse_bytes
 from cmdgpu.models import Patterns
+from cmdgpu.store.places import local_path
 
 FORMATS.add("safetensors", Safetensors())
 FORMATS.add("pt", TorchFile())
@@ -62,7 +63,7 @@ def plan_checkpoints(
     """What ``carry_out`` will do, from headers alone; arguments as of ``Trajectory.from_checkpoints``."""
     return plan_import(
         paths,
-        Path(out),
+        local_path(out, "an import"),
         rules=Rules.of(prefix, include, exclude, key_map),
         steps=steps,
         resume=resume,

@@ -168,7 +168,7 @@ class Reference:
 
     @staticmethod
     def of_store(view: StoreView) -> Reference:
-        return Reference(view.path, {entry.name: entry.shape for entry in view.map}, view.map.aliases)
+        return Reference(view.folder, {entry.name: entry.shape for entry in view.map}, view.map.aliases)
 
 
 def require_same(reference: Reference, one: Described) -> None:

@@ -7,6 +7,7 @@ where it stopped, and a unit done twice, or late by a zombie, writes the same by
 
 from __future__ import annotations
 
+from cmdgpu.results.beginning import begin_result, is_taken, join_result
 from cmdgpu.results.contract import (
     Frame,
     ModeSet,
@@ -16,6 +17,7 @@ from cmdgpu.results.contract import (
     RowArray,
     UnitRows,
     result_bytes,
+    spoken,
 )
 from cmdgpu.results.in_memory import MemoryWriter
 from cmdgpu.results.ledger import statistics_bytes
@@ -30,7 +32,7 @@ from cmdgpu.results.opened import (
     progress_of,
     require_result,
 )
-from cmdgpu.results.stored import StoredWriter, begin_result
+from cmdgpu.results.stored import StoredWriter
 from cmdgpu.results.verification import verify_result
 
 __all__ = [
@@ -47,6 +49,8 @@ __all__ = [
     "UnitRows",
     "begin_result",
     "describe_result",
+    "is_taken",
+    "join_result",
     "kind_of",
     "open_result",
     "partial_path",
@@ -54,6 +58,7 @@ __all__ = [
     "progress_of",
     "require_result",
     "result_bytes",
+    "spoken",
     "statistics_bytes",
     "verify_result",
 ]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, cast
+from functools import cached_property
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 
+from cmdgpu.errors import printable
 from cmdgpu.notation import F32, F64, I16, I64, AnyArray
 from cmdgpu.statistics import Totals, UnitStatistics, summarise
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.places import Place
+
+MOST_PATTERNS: Final = 64
+"""Selections of selections that a result tells of."""
+_PATTERN_SHOWN: Final = 240
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Provenance:
     code: Mapping[str, Any]
     origin: str | None = None
     """Where the trajectory lies, seen from the result's parent: a hint, and no part of the fingerprint."""
+    params: tuple[str, ...] = ()
+    """What chose the tensors: no part of the fingerprint, for which ``source`` has a digest of the choice."""
 
     @property
     def fingerprint(self) -> str:
@@ -62,21 +70,30 @@ class Provenance:
         return {"source": dict(self.source), "config": dict(self.config), "code": dict(self.code)}
 
     def to_json(self) -> dict[str, Any]:
-        return {**self._settings(), "origin": self.origin}
+        said = [printable(pattern, _PATTERN_SHOWN) for pattern in self.params[:MOST_PATTERNS]]
+        return {**self._settings(), "origin": self.origin, **({"params": said} if said else {})}
 
     def difference(self, other: Mapping[str, Any]) -> str:
         """The first setting that differs, as text: ``config n_modes: 10 there, 5 asked``."""
         for part, mine in self._settings().items():
             theirs = cast(Mapping[str, Any], other.get(part, {}))
             for key in sorted({*mine, *theirs}):
-                if mine.get(key) != theirs.get(key):
-                    shown = f"{_short(theirs.get(key))} there, {_short(mine.get(key))} asked"
-                    return f"{part} {key}: {shown}"
+                if mine.get(key) == theirs.get(key):
+                    continue
+                if key == "tensors":
+                    there, asked = spoken(other.get("params", [])), spoken(self.params)
+                    return f"params: {_short(there)} there, {_short(asked)} asked"
+                return f"{part} {key}: {_short(theirs.get(key))} there, {_short(mine.get(key))} asked"
         return "the format"
 
 
+def spoken(params: Sequence[str]) -> str:
+    """The patterns of selections that narrow one another, as text."""
+    return " and ".join(params) or "all tensors"
+
+
 def _short(value: object) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= 48 else f"{text[:45]}..."
 
 
@@ -107,9 +124,28 @@ class Frame:
     def n_units(self) -> int:
         return -(-self.n_rows // self.rows)
 
+    @cached_property
+    def live_units(self) -> tuple[int, ...]:
+        """The units that hold a row of a tensor, ascending; of the others nothing is read or written."""
+        live: list[int] = []
+        for start, stop, _ in self.map.spans:
+            first = max(start // self.rows, live[-1] + 1 if live else 0)
+            live.extend(range(first, (stop - 1) // self.rows + 1))
+        return tuple(live)
+
+    def is_live(self, unit: int) -> bool:
+        return bool(self.map.segments(*self.unit(unit)))
+
     def unit(self, i: int) -> tuple[int, int]:
         """[start, stop) of the rows of unit i."""
         return i * self.rows, min((i + 1) * self.rows, self.n_rows)
+
+    @cached_property
+    def segment_counts(self) -> I64:
+        """(live units,) runs of tensors in every live unit: as many as ``map.segments`` finds there."""
+        starts, stops = np.array([span[:2] for span in self.map.spans], dtype=np.int64).reshape(-1, 2).T
+        first = np.array(self.live_units, dtype=np.int64) * self.rows
+        return np.searchsorted(starts, first + self.rows) - np.searchsorted(stops, first, side="right")
 
 
 @dataclass(frozen=True)
@@ -127,7 +163,7 @@ class Result:
     """source, config, code, origin"""
     n_bytes: int
     """Bytes of everything needed to rebuild: references and four numbers per row."""
-    path: Path | None = None
+    path: Place | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -157,6 +193,10 @@ class ResultWriter(Protocol):
     def modes(self) -> ModeSet: ...
 
     def is_done(self, unit: int) -> bool: ...
+
+    def n_begun(self) -> int:
+        """Units whose record is there, sound or not, whoever wrote it."""
+        ...
 
     def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
         """Keep one unit; whole and durable when this returns. Units may come in any order."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from cmdgpu.errors import StoreCorrupt
-from cmdgpu.results.contract import Frame
+from cmdgpu.results.contract import MOST_PATTERNS, Frame
 from cmdgpu.results.modes import MODE_ARRAYS
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.places import Place
 
 _CONFIG: Final[dict[str, tuple[type, ...]]] = {
     "n_modes": (int, type(None)),
@@ -25,11 +25,12 @@ _CONFIG: Final[dict[str, tuple[type, ...]]] = {
 }
 _MAX_UNITS: Final = 1 << 22
 """More units than any fit has at its default size: 10^12 rows."""
+_MAX_PATTERN: Final = 4096
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
-def read_head(path: Path) -> tuple[fmt.Json, dict[str, Any], Frame]:
+def read_head(path: Place) -> tuple[fmt.Json, dict[str, Any], Frame]:
     """(document, its ``cmdgpu`` attribute, the frame) of a result. Raises NotAStore, StoreCorrupt."""
     file = path / fmt.DOCUMENT
     document, _ = fmt.read_document(file, "group", "result")
@@ -58,6 +59,15 @@ def read_head(path: Path) -> tuple[fmt.Json, dict[str, Any], Frame]:
     require(units.get("count") == frame.n_units <= _MAX_UNITS, "number of units")
     source = fmt.as_dict(head.get("source")) or {}
     require(source.get("dtype") in tuple(fmt.STORAGES) and source.get("steps") == steps, "source")
+    params = fmt.as_list(head.get("params", []))
+    require(
+        params is not None
+        and len(params) <= MOST_PATTERNS
+        and all(isinstance(p, str) and p.isprintable() and len(p) <= _MAX_PATTERN for p in params)
+        and bool(params) == ("tensors" in source)  # said only of a fit of some tensors
+        and _is_hex(source.get("tensors", "0" * 64)),
+        "params",
+    )
     require("origin" in head, "origin")
     origin = head["origin"]
     require(origin is None or (isinstance(origin, str) and len(origin) <= 4096), "origin")

@@ -14,7 +14,7 @@ class MemoryWriter:
 
     def __init__(self, frame: Frame, modes: ModeSet, provenance: Provenance) -> None:
         self.modes = modes
-        self._frame = frame
+        self.frame = frame
         self._provenance = provenance
         self._arrays = {
             name: np.full(frame.n_rows, fill, dtype=kind) for name, (kind, fill) in fmt.RESULT_ROWS.items()
@@ -24,20 +24,23 @@ class MemoryWriter:
     def is_done(self, unit: int) -> bool:
         return unit in self._statistics
 
+    def n_begun(self) -> int:
+        return len(self._statistics)
+
     def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
-        start, stop = self._frame.unit(unit)
+        start, stop = self.frame.unit(unit)
         for name, values in self._arrays.items():
             values[start:stop] = getattr(rows, name)
         self._statistics[unit] = statistics
 
     def finish(self) -> Result:
-        totals = Totals.zero(self._frame.map, self.modes.n_modes)
-        for unit in range(self._frame.n_units):
-            start, stop = self._frame.unit(unit)
-            totals.add(self._frame.map, start, stop - start, self._statistics[unit])
-        n_rows, n_snapshots = self._frame.n_rows, len(self._frame.steps)
+        totals = Totals.zero(self.frame.map, self.modes.n_modes)
+        for unit in self.frame.live_units:
+            start, stop = self.frame.unit(unit)
+            totals.add(self.frame.map, start, stop - start, self._statistics[unit])
+        n_rows, n_snapshots = self.frame.n_rows, len(self.frame.steps)
         return Result(
-            frame=self._frame,
+            frame=self.frame,
             modes=self.modes,
             mode=self._arrays["mode"],
             a=self._arrays["a"],

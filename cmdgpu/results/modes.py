@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +14,7 @@ from cmdgpu.results.contract import ModeSet
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
 from cmdgpu.store.commit import own_directory
+from cmdgpu.store.places import Place
 
 MODE_ARRAYS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "references": ("float32", ("mode", "snapshot")),
@@ -26,7 +26,17 @@ MODE_ARRAYS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 
 
-def read_modes(path: Path, head: Mapping[str, Any], n_rows: int) -> ModeSet:
+def mode_documents(modes: ModeSet) -> dict[str, fmt.Json]:
+    """Metadata of the small arrays."""
+    found: dict[str, fmt.Json] = {}
+    for name, (kind, dims) in MODE_ARRAYS.items():
+        shape = getattr(modes, name).shape
+        chunks = tuple(max(size, 1) for size in shape)
+        found[name] = fmt.array_document(shape, chunks, kind, dims, 0, {"cmdgpu": fmt.own("result-array")})
+    return found
+
+
+def read_modes(path: Place, head: Mapping[str, Any], n_rows: int) -> ModeSet:
     """The small arrays, each against its digest, all against each other. Raises StoreCorrupt."""
     arrays: dict[str, AnyArray] = {}
     for name, (kind, dims) in MODE_ARRAYS.items():

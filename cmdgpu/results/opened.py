@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -16,11 +15,17 @@ from cmdgpu.indexing import Index, positions
 from cmdgpu.notation import AnyArray
 from cmdgpu.results.contract import Frame, ModeSet, Result
 from cmdgpu.results.head import read_head
-from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest
-from cmdgpu.results.modes import read_modes
-from cmdgpu.store import durable
+from cmdgpu.results.ledger import UNIT_ARRAYS, Ledger, n_begun, plan_digest, unit_documents
+from cmdgpu.results.modes import mode_documents, read_modes
+from cmdgpu.statistics import Totals
+from cmdgpu.store import durable, remote
 from cmdgpu.store import format as fmt
+from cmdgpu.store.ahead import in_order
+from cmdgpu.store.chunks import announce
 from cmdgpu.store.commit import require_store
+from cmdgpu.store.places import Place, RemotePath
+
+_PROVENANCE: Final = ("source", "config", "code", "origin", "params")
 
 
 def partial_path(out: Path, fingerprint: str) -> Path:
@@ -37,9 +42,9 @@ def partials_of(out: Path) -> list[Path]:
     )
 
 
-def require_result(out: Path) -> None:
+def require_result(out: Place) -> None:
     """Refuse a path where no result is; a fit that has not finished is named with how far it is."""
-    if not out.exists():
+    if not isinstance(out, RemotePath) and not out.exists():
         for partial in partials_of(out):
             done, total = progress_of(partial)
             raise CmdgpuError(
@@ -50,31 +55,34 @@ def require_result(out: Path) -> None:
     require_store(out)
 
 
-def progress_of(partial: Path) -> tuple[int, int]:
+def progress_of(partial: Place) -> tuple[int, int]:
     """(units done, units in all) of an unfinished fit."""
     _, _, frame = read_head(partial)
-    done = sum(fnmatch(file.name, "c.*.0") for file in durable.entries(partial / DONE))
-    return done, frame.n_units
+    return n_begun(partial), len(frame.live_units)
 
 
-def open_parts(path: Path) -> tuple[Ledger, ModeSet, dict[str, Any]]:
+def open_parts(path: Place, *, keeps: bool = False) -> tuple[Ledger, ModeSet, dict[str, Any]]:
     require_result(path)
     _, head, frame = read_head(path)
     modes = read_modes(path, head, frame.n_rows)
-    ledger = Ledger(path, frame, modes.n_modes, head["fingerprint"], plan_digest(head))
+    ledger = Ledger(path, frame, modes.n_modes, head["fingerprint"], plan_digest(head), keeps=keeps)
     return ledger, modes, head
 
 
-def open_result(path: Path) -> Result:
+def open_result(path: Place) -> Result:
     """A complete result on disk. Raises NotAStore, StoreCorrupt, and CmdgpuError for an unfinished one."""
-    ledger, modes, head = open_parts(path)
+    ledger, modes, head = open_parts(path, keeps=True)
     if head["status"] != "complete":
-        done, total = progress_of(path)
         raise CmdgpuError(
-            f"this fit is not finished: {done} of {total} units done",
+            f"this fit is not finished: {n_begun(path)} of {len(ledger.frame.live_units)} units done",
             file=path,
             hint="run the same `cmdgpu fit` again, it goes on where it stopped",
         )
+    return result_of(ledger, modes, head, ledger.totals(modes.n_modes))
+
+
+def result_of(ledger: Ledger, modes: ModeSet, head: Mapping[str, Any], totals: Totals) -> Result:
+    """A complete result whose parts are at hand."""
     return Result(
         frame=ledger.frame,
         modes=modes,
@@ -82,18 +90,20 @@ def open_result(path: Path) -> Result:
         a=StoredRows(ledger, "a"),
         b=StoredRows(ledger, "b"),
         correlation=StoredRows(ledger, "correlation"),
-        totals=ledger.totals(modes.n_modes),
-        provenance={part: head[part] for part in ("source", "config", "code", "origin")},
-        n_bytes=_stored_bytes(path),
-        path=path,
+        totals=totals,
+        provenance={part: head[part] for part in _PROVENANCE if part in head},
+        n_bytes=_stored_bytes(ledger, modes, head),
+        path=ledger.path,
     )
 
 
-def _stored_bytes(path: Path) -> int:
-    """Of all files of a result: the group document and those of its arrays."""
-    here = durable.entries(path)
-    files = [*here, *(file for array in here if array.is_dir() for file in durable.entries(array))]
-    return sum(file.lstat().st_size for file in files if file.is_file())
+def _stored_bytes(ledger: Ledger, modes: ModeSet, head: Mapping[str, Any]) -> int:
+    """Of all files of a complete result: what was written has one size, and a server need not list."""
+    documents = [*mode_documents(modes).values(), *unit_documents(ledger.frame, modes.n_modes).values()]
+    documents.append({"zarr_format": 3, "node_type": "group", "attributes": {"cmdgpu": dict(head)}})
+    small = sum(array.nbytes + fmt.CRC_BYTES for array in vars(modes).values() if array.size)
+    units = sum(map(ledger.unit_bytes, ledger.frame.live_units))
+    return sum(len(fmt.spell(document)) for document in documents) + small + units
 
 
 class StoredRows:
@@ -119,17 +129,37 @@ class StoredRows:
         return f"StoredRows({self._name}, {self.shape[0]} rows, {self.dtype})"
 
     def _unit(self, unit: int) -> AnyArray:
-        if self._kept is None or self._kept[0] != unit:
-            kept = self._ledger.crcs(unit)[UNIT_ARRAYS.index(self._name)]
-            self._kept = (unit, self._ledger.read(self._name, unit, kept))
-        return self._kept[1]
+        """The rows of a unit; where no tensor has one, nothing was written, and they are the fill value."""
+        last = self._kept
+        if last is None or last[0] != unit:
+            last = (unit, self._read(unit))
+            self._kept = last
+        return last[1]
+
+    def _read(self, unit: int) -> AnyArray:
+        if not self._ledger.frame.is_live(unit):
+            return self._ledger.empty(self._name)
+        kept = self._ledger.crcs(unit)[UNIT_ARRAYS.index(self._name)]
+        return self._ledger.read(self._name, unit, kept)
+
+    def announce(self, unit: int) -> None:
+        """A unit is read soon: the disk may begin."""
+        announce(self._ledger.file(self._name, unit))
 
     def _range(self, start: int, stop: int) -> AnyArray:
-        out = np.empty(stop - start, dtype=self.dtype)
         rows = self._ledger.frame.rows
-        for unit in range(start // rows, -(-stop // rows)):
+        if start < stop and (start, stop) == self._ledger.frame.unit(start // rows):
+            return self._read(start // rows)[: stop - start]  # a whole unit: as it came, and not kept
+        out = np.empty(stop - start, dtype=self.dtype)
+
+        def fill(unit: int) -> None:
             low, high = max(start, unit * rows), min(stop, (unit + 1) * rows)
             out[low - start : high - start] = self._unit(unit)[low - unit * rows : high - unit * rows]
+
+        units = range(start // rows, -(-stop // rows))
+        is_remote = isinstance(self._ledger.path, RemotePath)
+        for _ in in_order(fill, units, remote.READS_IN_FLIGHT) if is_remote else map(fill, units):
+            pass
         return out
 
     def __getitem__(self, index: Any, /) -> Any:
@@ -153,7 +183,7 @@ class StoredRows:
         return whole if dtype is None else whole.astype(dtype)
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Place) -> str:
     """ "trajectory" or "result", told by the group document. Raises UsageError, NotAStore, StoreCorrupt."""
     require_result(path)
     document = fmt.parse(fmt.read_bytes(path / fmt.DOCUMENT), path / fmt.DOCUMENT)
@@ -176,18 +206,21 @@ class Description:
     fingerprint: str
     config: Mapping[str, Any]
     source: Mapping[str, Any]
+    params: tuple[str, ...]
+    """What chose the tensors; empty for a fit of all."""
     metrics: Mapping[str, Any] | None
 
 
-def describe_result(path: Path) -> Description:
+def describe_result(path: Place) -> Description:
     ledger, modes, head = open_parts(path)
     return Description(
         status=head["status"],
         frame=ledger.frame,
         n_modes=modes.n_modes,
-        units_done=progress_of(path)[0],
+        units_done=len(ledger.frame.live_units) if head["status"] == "complete" else n_begun(path),
         fingerprint=head["fingerprint"],
         config=head["config"],
         source={key: value for key, value in head["source"].items() if key != "steps"},
+        params=tuple(head.get("params", ())),
         metrics=head.get("metrics"),
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,30 +14,22 @@ from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
 from cmdgpu.notation import AnyArray
 from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
 from cmdgpu.results.head import read_head
-from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, Ledger, plan_digest, unit_documents
-from cmdgpu.results.modes import MODE_ARRAYS, read_modes
-from cmdgpu.results.opened import open_result, partial_path, partials_of
-from cmdgpu.statistics import UnitStatistics, summarise
+from cmdgpu.results.ledger import DONE, SEGMENTS, Chunk, Ledger, n_begun, plan_digest, unit_documents
+from cmdgpu.results.modes import mode_documents, read_modes
+from cmdgpu.results.opened import open_result, partial_path, partials_of, result_of
+from cmdgpu.statistics import Totals, UnitStatistics, summarise
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import crc32c
-
-_WRITERS: Final = 3
-"""Chunk files in flight: an fsync waits for the device, not for a core."""
+from cmdgpu.store.places import Place
 
 
 def begin_result(
     out: Path, frame: Frame, provenance: Provenance, make_modes: Callable[[], ModeSet], *, resume: bool
 ) -> StoredWriter | Result:
-    """The writer of a fit that is to end up at ``out``; the result itself when it is there already.
-
-    ``make_modes`` (sample and cluster) is called only when no unfinished fit of this fingerprint is found:
-    its references are then taken from disk, since a second clustering could split a near-tie differently.
-    Raises StoreExists, naming the setting that differs, for another fit at ``out`` or unfinished beside it;
-    ``resume=False`` throws unfinished ones away, never a finished one.
-    """
+    """``begin_result`` of ``beginning``, in a folder."""
     if out.exists() or out.is_symlink():
-        return _same_or_refuse(out, provenance)
+        return same_or_refuse(out, provenance)
     mine = partial_path(out, provenance.fingerprint)
     for partial in partials_of(out):
         if not resume:
@@ -55,15 +47,16 @@ def begin_result(
             _create(mine, frame, provenance, make_modes())
             if out.exists():  # ended by another process while this one sampled: nobody would need ours
                 durable.remove(durable.set_aside(mine))
-                return _same_or_refuse(out, provenance)
-        return StoredWriter(out, mine, frame, provenance)
+                return same_or_refuse(out, provenance)
+        return StoredWriter(out, mine, frame)
     except CmdgpuError:
         if not out.exists():
             raise
-        return _same_or_refuse(out, provenance)  # another process ended this fit just now
+        return same_or_refuse(out, provenance)  # another process ended this fit just now
 
 
-def _same_or_refuse(out: Path, provenance: Provenance) -> Result:
+def same_or_refuse(out: Place, provenance: Provenance) -> Result:
+    """The result at ``out`` if it is the one that is asked for. Raises StoreExists."""
     try:
         _, head, _ = read_head(out)
     except CmdgpuError as error:
@@ -81,28 +74,15 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
     building = path.parent / durable.partial_name(path.name)
     try:
         durable.make_directory(building)
-        for name, (kind, dims) in MODE_ARRAYS.items():
+        for name, document in mode_documents(modes).items():
             values = np.ascontiguousarray(getattr(modes, name))
-            chunks = tuple(max(size, 1) for size in values.shape)
-            attributes = {"cmdgpu": fmt.own("result-array")}
-            document = fmt.array_document(values.shape, chunks, kind, dims, 0, attributes)
             _create_array(building / name, document)
             if values.size:
                 file = fmt.chunk_name(*[0] * values.ndim)
                 durable.write_file(building / name, file, [durable.bytes_of(values), crc32c(values)])
         for name, document in unit_documents(frame, modes.n_modes).items():
             _create_array(building / name, document)
-        head = fmt.own(
-            "result",
-            status="incomplete",
-            fingerprint=provenance.fingerprint,
-            digests=modes.digests(),
-            units={"rows": frame.rows, "count": frame.n_units},
-            steps=frame.steps.tolist(),
-            layout=frame.map.to_json(),
-            **provenance.to_json(),
-        )
-        durable.write_file(building, fmt.DOCUMENT, [fmt.encode(fmt.group_document({"cmdgpu": head}))])
+        durable.write_file(building, fmt.DOCUMENT, [fmt.encode(first_head(frame, provenance, modes))])
         for directory in (*(p for p in durable.entries(building) if p.is_dir()), building):
             durable.flush_directory(directory)
         try:
@@ -113,6 +93,21 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
         durable.flush_directory(path.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def first_head(frame: Frame, provenance: Provenance, modes: ModeSet) -> fmt.Json:
+    """The group document of a fit that begins."""
+    head = fmt.own(
+        "result",
+        status="incomplete",
+        fingerprint=provenance.fingerprint,
+        digests=modes.digests(),
+        units={"rows": frame.rows, "count": frame.n_units},
+        steps=frame.steps.tolist(),
+        layout=frame.map.to_json(),
+        **provenance.to_json(),
+    )
+    return fmt.group_document({"cmdgpu": head})
 
 
 def _create_array(directory: Path, document: fmt.Json) -> None:
@@ -127,41 +122,67 @@ class StoredWriter:
     the others find their files gone and take its result for theirs.
     """
 
-    def __init__(self, out: Path, partial: Path, frame: Frame, provenance: Provenance) -> None:
-        document, head, _ = read_head(partial)
+    in_flight = 3
+    """Chunk files at once: an fsync waits for the device, not for a core."""
+
+    def __init__(self, out: Place, partial: Place, frame: Frame | None = None) -> None:
+        """``frame`` is the one that was begun here, and is read where it is not at hand."""
+        document, head, said = read_head(partial)
+        self.frame = frame = frame or said
         self.modes = read_modes(partial, head, frame.n_rows)
-        self._out = out
-        self._partial = partial
-        self._frame = frame
+        self.out = out
+        self.partial = partial
         self._ledger = Ledger(partial, frame, self.modes.n_modes, head["fingerprint"], plan_digest(head))
         self._document = document
+
+    @staticmethod
+    def join(out: Path, partial: Path) -> StoredWriter | None:
+        """The writer of a fit that another process began; None when it has ended there meanwhile."""
+        try:
+            return StoredWriter(out, partial)
+        except CmdgpuError:
+            if out.exists() and partial_path(out, read_head(out)[1]["fingerprint"]) == partial:
+                return None
+            raise
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """What was said of the fit when it was begun: source, config, code, layout, steps."""
+        return self._document["attributes"]["cmdgpu"]
+
+    def n_begun(self) -> int:
+        return n_begun(self.partial) if self.partial.exists() else len(self.frame.live_units)
 
     def is_done(self, unit: int) -> bool:
         """A unit counts when its record is whole and every chunk is, byte for byte, what it vouches for."""
         if not self._ledger.is_begun(unit):
             return False
         try:
-            for name, kept in zip(UNIT_ARRAYS, self._ledger.crcs(unit), strict=True):
-                self._ledger.read(name, unit, kept)
+            for (name, part), kept in zip(self._ledger.chunks(unit), self._ledger.crcs(unit), strict=True):
+                self._ledger.read(name, unit, kept, part)
         except StoreCorrupt:
             return False  # torn by a crash: the unit is computed again, to the same bytes
         return True
 
     def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
-        chunks = {name: self._filled(name, getattr(rows, name)) for name in fmt.RESULT_ROWS}
-        chunks |= {name: self._ledger.empty(name) for name in ("segment_stats", "unit_hist")}
-        chunks["segment_stats"][0, : len(statistics.segments)] = statistics.segments
-        chunks["unit_hist"][0, : len(statistics.histogram)] = statistics.histogram
+        histogram = self._ledger.empty("unit_hist")
+        histogram[0, : len(statistics.histogram)] = statistics.histogram
 
-        def put(name: str) -> bytes:
-            file, crc = self._ledger.file(name, unit), crc32c(chunks[name])
-            durable.write_file(file.parent, file.name, [durable.bytes_of(chunks[name]), crc])
+        def values_of(name: str, part: int) -> AnyArray:
+            if name == SEGMENTS:
+                return self._ledger.part_of(statistics.segments, part)
+            return histogram if name == "unit_hist" else self._filled(name, getattr(rows, name))
+
+        def put(chunk: Chunk) -> bytes:
+            file, values = self._ledger.file(chunk[0], unit, chunk[1]), values_of(*chunk)
+            crc = crc32c(values)
+            durable.write_file(file.parent, file.name, [durable.bytes_of(values), crc])
             durable.flush_directory(file.parent)
             return crc
 
         try:
-            with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cmdgpu-result") as pool:
-                crcs = list(pool.map(put, UNIT_ARRAYS))
+            with ThreadPoolExecutor(self.in_flight, thread_name_prefix="cmdgpu-result") as pool:
+                crcs = list(pool.map(put, self._ledger.chunks(unit)))
             self._tick_off(unit, crcs)
         except WriteFailed as error:
             # swept up by who finished this fit: the unit was done already; any other failure is ours
@@ -170,7 +191,7 @@ class StoredWriter:
 
     def _filled(self, name: str, values: AnyArray) -> AnyArray:
         """The rows as a whole chunk: a last unit is filled up, the others are one already."""
-        if values.dtype == fmt.RESULT_ROWS[name][0] and len(values) == self._frame.rows:
+        if values.dtype == fmt.RESULT_ROWS[name][0] and len(values) == self.frame.rows:
             return np.ascontiguousarray(values)
         chunk = self._ledger.empty(name)
         chunk[: len(values)] = values
@@ -179,7 +200,7 @@ class StoredWriter:
     def _tick_off(self, unit: int, crcs: list[bytes]) -> None:
         """Only after the data are durable: done before data would acknowledge nothing."""
         record = self._ledger.record(unit, crcs)
-        directory = self._partial / DONE
+        directory = self.partial / DONE
         durable.write_file(directory, fmt.chunk_name(unit, 0), [record.tobytes(), crc32c(record)])
         durable.flush_directory(directory)
 
@@ -189,24 +210,33 @@ class StoredWriter:
         ``out`` never exists incomplete. Raises StoreCorrupt naming the unit whose chunks are not the ones
         that were fitted.
         """
+        partial, out = self.partial, self.out
+        assert isinstance(partial, Path) and isinstance(out, Path)
         try:
-            self._mark_complete()
+            totals = self._mark_complete()
         except (CmdgpuError, OSError):
             if not self._ended_elsewhere():
                 raise
-            return open_result(self._out)
+            return open_result(out)
         try:
-            durable.publish_directory(self._partial, self._out)
+            durable.publish_directory(partial, out)
         except (StoreExists, WriteFailed) as error:
-            if not (isinstance(error, StoreExists) or _vanished(error)) or not self._is_mine(self._out):
+            if not (isinstance(error, StoreExists) or _vanished(error)) or not self._is_mine(out):
                 raise
-            shutil.rmtree(self._partial, ignore_errors=True)
-        durable.make_name_last(self._out)
-        _sweep(self._out)  # what others began meanwhile
-        durable.remove_partials(self._out)
-        return open_result(self._out)
+            shutil.rmtree(partial, ignore_errors=True)
+        durable.make_name_last(out)
+        _sweep(out)  # what others began meanwhile
+        durable.remove_partials(out)
+        return self._result_at(out, totals)
 
-    def _is_mine(self, path: Path) -> bool:
+    def _result_at(self, path: Place, totals: Totals) -> Result:
+        """The result that was just completed: what was merged for it is not read again."""
+        head = self._document["attributes"]["cmdgpu"]
+        n_modes = self.modes.n_modes
+        ledger = Ledger(path, self.frame, n_modes, head["fingerprint"], plan_digest(head), keeps=True)
+        return result_of(ledger, self.modes, head, totals)
+
+    def _is_mine(self, path: Place) -> bool:
         """Whether the result of this very fit lies there."""
         try:
             _, head, _ = read_head(path)
@@ -215,16 +245,18 @@ class StoredWriter:
         return head["fingerprint"] == self._document["attributes"]["cmdgpu"]["fingerprint"]
 
     def _ended_elsewhere(self) -> bool:
-        return not self._partial.exists() and self._is_mine(self._out)
+        return not self.partial.exists() and self._is_mine(self.out)
 
-    def _mark_complete(self) -> None:
+    def _mark_complete(self) -> Totals:
         totals = self._ledger.totals(self.modes.n_modes)
         head = self._document["attributes"]["cmdgpu"]
         head["status"] = "complete"
-        head["metrics"] = _finite(summarise(totals, self._frame.map, len(self._frame.steps)))
-        _sweep(self._partial)
-        durable.write_file(self._partial, fmt.DOCUMENT, [fmt.encode(fmt.seal(self._document))])
-        durable.flush_directory(self._partial)
+        head["metrics"] = _finite(summarise(totals, self.frame.map, len(self.frame.steps)))
+        if isinstance(self.partial, Path):
+            _sweep(self.partial)
+        durable.write_file(self.partial, fmt.DOCUMENT, [fmt.encode(fmt.seal(self._document))])
+        durable.flush_directory(self.partial)
+        return totals
 
 
 def _sweep(path: Path) -> None:

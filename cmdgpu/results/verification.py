@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from cmdgpu.errors import CmdgpuError, StoreCorrupt
 from cmdgpu.progress import Progress, Silent
@@ -11,11 +10,12 @@ from cmdgpu.results.ledger import Ledger, unit_documents
 from cmdgpu.results.opened import open_parts
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage
+from cmdgpu.store.places import Place, place_of
 from cmdgpu.store.scan import ChunkFile, scan
 from cmdgpu.store.verification import Damage, Verification
 
 
-def verify_result(path: Path, *, quick: bool = False, progress: Progress | None = None) -> Verification:
+def verify_result(path: Place, *, quick: bool = False, progress: Progress | None = None) -> Verification:
     """Check a result on disk like a trajectory: every record, and in full every byte it vouches for.
 
     Of a fit that is still running, the units whose record is there.
@@ -26,13 +26,13 @@ def verify_result(path: Path, *, quick: bool = False, progress: Progress | None 
     except StoreCorrupt as error:
         return Verification(damaged=[Damage(error.file or str(path), "metadata", error.message)])
     found = Verification(damaged=list(_document_damage(ledger, modes.n_modes)))
-    units = [u for u in range(ledger.frame.n_units) if head["status"] == "complete" or ledger.is_begun(u)]
-    unit_bytes = sum(file.n_bytes + fmt.CRC_BYTES for file in ledger.files(0)) if units else 0
-    progress.begin("verify", unit_bytes * len(units))
+    units = [u for u in ledger.frame.live_units if head["status"] == "complete" or ledger.is_begun(u)]
+    progress.begin("verify", sum(map(ledger.unit_bytes, units)))
     answers = scan((file for unit in units for file in ledger.files(unit)), quick=quick)
     try:
         for unit in units:
             answered = [(file, next(answers)) for file in ledger.files(unit)]
+            unit_bytes = ledger.unit_bytes(unit)
             found.damaged += _unit_damage(ledger, unit, answered)
             found.chunks_checked += len(answered)
             found.bytes_checked += 0 if quick else unit_bytes
@@ -63,7 +63,7 @@ def _unit_damage(
     start, stop = ledger.frame.unit(unit)
     names = ledger.frame.map.name_rows(start, stop)
 
-    def damage(file: Path, problem: str) -> Damage:
+    def damage(file: Place, problem: str) -> Damage:
         return Damage(str(file), file.parent.name, problem, None, (start, stop - 1), names)
 
     damaged = [damage(file.path, str(told)) for file, told in answers if isinstance(told, ChunkDamage)]
@@ -71,5 +71,5 @@ def _unit_damage(
         try:
             ledger.crcs(unit)
         except StoreCorrupt as error:
-            damaged.append(damage(Path(error.file or ledger.path), error.message.rpartition(": ")[2]))
+            damaged.append(damage(place_of(error.file or ledger.path), error.message.rpartition(": ")[2]))
     return damaged

@@ -5,12 +5,18 @@ it will be used, and its CRC is computed over what arrived; a missing, short, lo
 and never a fill value. A compressed chunk is ``bytes + zstd + crc32c``: a frame, then the CRC of the frame,
 so that damage is found before anything is decompressed, straight into that place. What is damage to *whom*
 (which tensor, which step) the caller knows.
+
+An object of a server is a chunk like a file: the size that comes with an answer is compared before memory is
+taken, and what arrives is counted besides. That the server does not answer is no damage, but RemoteFailed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +26,8 @@ from cmdgpu.notation import U8, AnyArray
 from cmdgpu.store import durable, zstd
 from cmdgpu.store.durable import bytes_of
 from cmdgpu.store.format import CRC_BYTES
+from cmdgpu.store.places import Place, RemotePath
+from cmdgpu.store.remote import Absent
 
 
 class ChunkDamage(Exception):
@@ -31,7 +39,7 @@ def crc32c(values: AnyArray, zstd_level: int | None = None) -> bytes:
     return _crc(_payload(values, zstd_level))
 
 
-def write_chunk(directory: Path, name: str, values: AnyArray, zstd_level: int | None = None) -> bytes:
+def write_chunk(directory: Place, name: str, values: AnyArray, zstd_level: int | None = None) -> bytes:
     """Put a chunk down and return its CRC; the directory is not flushed (see ``durable.write_file``)."""
     payload = _payload(np.ascontiguousarray(values), zstd_level)
     crc = _crc(payload)
@@ -58,30 +66,55 @@ def _open(path: Path, n_bytes: int, compressed: bool) -> tuple[int, int]:
     except OSError as error:
         raise ChunkDamage(f"cannot be opened: {error.strerror}") from error
     status = os.fstat(fd)
-    size, most = status.st_size, CRC_BYTES + (zstd.bound(n_bytes) if compressed else n_bytes)
-    problem = None
+    problem = _size_problem(status.st_size, n_bytes, compressed)
     if not stat.S_ISREG(status.st_mode):
         problem = "is no regular file"
-    elif compressed and not CRC_BYTES < size <= most:
-        problem = f"holds {size} bytes, and {n_bytes} compressed are {most} at most"
-    elif not compressed and size != most:
-        problem = f"holds {size} bytes instead of {most}"
     if problem is not None:
         os.close(fd)
         raise ChunkDamage(problem)
-    return fd, size - CRC_BYTES
+    return fd, status.st_size - CRC_BYTES
 
 
-def stored_size(path: Path) -> int:
+def _most_bytes(n_bytes: int, compressed: bool) -> int:
+    """Of a chunk with its CRC."""
+    return CRC_BYTES + (zstd.bound(n_bytes) if compressed else n_bytes)
+
+
+def _size_problem(size: int, n_bytes: int, compressed: bool) -> str | None:
+    most = _most_bytes(n_bytes, compressed)
+    if compressed and not CRC_BYTES < size <= most:
+        return f"holds {size} bytes, and {n_bytes} compressed are {most} at most"
+    if not compressed and size != most:
+        return f"holds {size} bytes instead of {most}"
+    return None
+
+
+def announce(path: Place) -> None:
+    """Let the kernel fetch a file that is about to be read whole. What is wrong with it, its reader tells."""
+    if isinstance(path, RemotePath) or sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+
+
+def stored_size(path: Place) -> int:
     """Bytes of a chunk file; 0 where there is none."""
+    if isinstance(path, RemotePath):
+        return path.client.size(path.key) or 0
     try:
         return path.lstat().st_size
     except OSError:
         return 0
 
 
-def stored_crc(path: Path, n_bytes: int, *, compressed: bool = False) -> bytes:
+def stored_crc(path: Place, n_bytes: int, *, compressed: bool = False) -> bytes:
     """The CRC a chunk file carries, after a look at its type and size; the elements are not read."""
+    if isinstance(path, RemotePath):
+        return _tail_of_object(path, n_bytes, compressed)
     fd, length = _open(path, n_bytes, compressed)
     try:
         return os.pread(fd, CRC_BYTES, length)
@@ -91,12 +124,30 @@ def stored_crc(path: Path, n_bytes: int, *, compressed: bool = False) -> bytes:
         os.close(fd)
 
 
-def read_chunk(path: Path, out: AnyArray, kept: bytes | None = None, *, compressed: bool = False) -> bytes:
+def read_chunk(path: Place, out: AnyArray, kept: bytes | None = None, *, compressed: bool = False) -> bytes:
     """Read a whole chunk into ``out`` (contiguous, exactly one chunk long) and return its CRC.
 
     ``kept`` is the CRC a digest vouches for; the chunk must carry that one, and what is stored must have it.
     Raises ChunkDamage; ``out`` then holds nothing to rely on.
     """
+    if isinstance(path, RemotePath):
+        view, carried = _read_object(path, out, compressed)
+    else:
+        view, carried = _read_file(path, out, compressed)
+    if kept is not None and carried != kept:
+        raise ChunkDamage("is not the chunk that was committed (its CRC is another)")
+    if _crc(view) != carried:
+        raise ChunkDamage("crc32c mismatch")
+    if compressed:
+        try:
+            zstd.decompress(view, out)
+        except zstd.BadFrame as error:
+            raise ChunkDamage(str(error)) from error
+    return carried
+
+
+def _read_file(path: Path, out: AnyArray, compressed: bool) -> tuple[memoryview, bytes]:
+    """What stands before the CRC, in ``out`` itself where it is not compressed, and the CRC it carries."""
     fd, n_bytes = _open(path, out.nbytes, compressed)
     try:
         tail = bytearray(CRC_BYTES)
@@ -112,29 +163,21 @@ def read_chunk(path: Path, out: AnyArray, kept: bytes | None = None, *, compress
         raise ChunkDamage(f"cannot be read: {error.strerror}") from error
     finally:
         os.close(fd)
-    carried = bytes(tail)
-    if kept is not None and carried != kept:
-        raise ChunkDamage("is not the chunk that was committed (its CRC is another)")
-    if _crc(view) != carried:
-        raise ChunkDamage("crc32c mismatch")
-    if compressed:
-        try:
-            zstd.decompress(view, out)
-        except zstd.BadFrame as error:
-            raise ChunkDamage(str(error)) from error
-    return carried
+    return view, bytes(tail)
 
 
 PIECE = 1 << 20
 """Bytes a check reads at a time: still in the cache when their CRC is taken."""
 
 
-def check_chunk(path: Path, n_bytes: int, buffer: U8) -> bytes:
+def check_chunk(path: Place, n_bytes: int, buffer: U8) -> bytes:
     """The CRC a chunk of ``n_bytes`` carries, after every byte of it was read and found to have it.
 
     Not for compressed ones. Reads through ``buffer`` in pieces, so that memory does not grow with the chunk.
     Raises ChunkDamage.
     """
+    if isinstance(path, RemotePath):
+        return _check_object(path, n_bytes)
     fd, _ = _open(path, n_bytes, False)
     try:
         crc = done = 0
@@ -152,3 +195,67 @@ def check_chunk(path: Path, n_bytes: int, buffer: U8) -> bytes:
     if carried != crc.to_bytes(CRC_BYTES, "little"):
         raise ChunkDamage("crc32c mismatch")
     return carried
+
+
+# ---- objects --------------------------------------------------------------------------------------------
+
+
+def _get(path: RemotePath, n_bytes: int, compressed: bool) -> tuple[int, Iterator[bytes]]:
+    """How many bytes stand before the CRC, and all of them with it, in pieces."""
+    try:
+        size, pieces = path.client.get(path.key, _most_bytes(n_bytes, compressed))
+    except Absent as error:
+        raise ChunkDamage("is missing") from error
+    if problem := _size_problem(size, n_bytes, compressed):
+        raise ChunkDamage(problem)
+    return size - CRC_BYTES, pieces
+
+
+def _read_object(path: RemotePath, out: AnyArray, compressed: bool) -> tuple[memoryview, bytes]:
+    """``_read_file`` of an object: every piece goes to its place as it comes."""
+    n_bytes, pieces = _get(path, out.nbytes, compressed)
+    values = np.empty(n_bytes, dtype=np.uint8) if compressed else np.frombuffer(bytes_of(out), np.uint8)
+    tail = bytearray()
+    done = 0
+    for piece in pieces:
+        arrived = np.frombuffer(piece, np.uint8)
+        here = arrived[: n_bytes - done]
+        values[done : done + len(here)] = here
+        tail += arrived[len(here) :][: CRC_BYTES + 1].tobytes()
+        done += len(piece)
+        if done > n_bytes + CRC_BYTES:
+            break
+    if done != n_bytes + CRC_BYTES:
+        raise ChunkDamage(f"arrived as {done} bytes, the server told of {n_bytes + CRC_BYTES}")
+    return bytes_of(values), bytes(tail)
+
+
+def _check_object(path: RemotePath, n_bytes: int) -> bytes:
+    """``check_chunk`` of an object, in the memory of a piece."""
+    _, pieces = _get(path, n_bytes, False)
+    crc = done = 0
+    tail = b""
+    for piece in pieces:
+        here = memoryview(piece)[: max(n_bytes - done, 0)]
+        crc = checksum(here, crc)
+        tail += piece[len(here) :][: CRC_BYTES + 1]
+        done += len(piece)
+        if done > n_bytes + CRC_BYTES:
+            break
+    if done != n_bytes + CRC_BYTES:
+        raise ChunkDamage(f"arrived as {done} bytes, the server told of {n_bytes + CRC_BYTES}")
+    if tail != crc.to_bytes(CRC_BYTES, "little"):
+        raise ChunkDamage("crc32c mismatch")
+    return tail
+
+
+def _tail_of_object(path: RemotePath, n_bytes: int, compressed: bool) -> bytes:
+    """``stored_crc`` of an object: one request for four bytes, whose answer tells the size."""
+    expected = None if compressed else _most_bytes(n_bytes, compressed)
+    try:
+        size, tail = path.client.tail(path.key, CRC_BYTES, expected)
+    except Absent as error:
+        raise ChunkDamage("is missing") from error
+    if problem := _size_problem(size, n_bytes, compressed):
+        raise ChunkDamage(problem)
+    return tail

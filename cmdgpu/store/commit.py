@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError, printable
 from cmdgpu.notation import I64
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
+from cmdgpu.store.places import Place, RemotePath, local_path
 from cmdgpu.store.provenance import Origin, sources_from_json
 
 _MAX_CHUNKS = 1 << 22
@@ -24,7 +25,7 @@ PARAMETER_BY_SNAPSHOT = ("parameter", "snapshot")
 
 @dataclass(frozen=True)
 class Commit:
-    path: Path
+    path: Place
     map: ParameterMap
     dtype: str
     """Element type on disk: float32, float16 or bfloat16."""
@@ -44,6 +45,16 @@ class Commit:
     """(T,) what each snapshot was imported from; None where it was recorded."""
     raw: bytes
     """``weights/zarr.json`` as it was read."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its chunks are files of this machine."""
+        return isinstance(self.path, Path)
+
+    @property
+    def folder(self) -> Path:
+        """``path``, for whoever writes here. Raises UsageError for a store elsewhere."""
+        return self.path if isinstance(self.path, Path) else local_path(str(self.path), "writing")
 
     @property
     def n_chunks(self) -> int:
@@ -66,22 +77,28 @@ class Commit:
     def has_sketch(self) -> bool:
         return fmt.SKETCH_ROW in self.small
 
-    def chunk_path(self, i: int, t: int) -> Path:
+    def chunk_path(self, i: int, t: int) -> Place:
         return self.path / fmt.WEIGHTS / fmt.chunk_name(i, t)
 
-    def sketch_path(self, t: int) -> Path:
+    def sketch_path(self, t: int) -> Place:
         return self.path / fmt.SKETCH / fmt.chunk_name(0, t)
 
 
-def require_store(path: Path) -> None:
+def require_store(path: Place) -> None:
     """Refuse a path that is not there or holds no Zarr group, in words."""
+    if isinstance(path, RemotePath) and (path / fmt.DOCUMENT).exists():
+        return  # one question to the server, which need not list
     if not path.exists():
         raise UsageError("there is nothing here", file=path, hint="check the path")
     if not path.is_dir() or not (path / fmt.DOCUMENT).exists():
         raise NotAStore("is no store of cmdgpu", file=path, hint="expected a folder made by Recorder or fit")
 
 
-def own_directory(path: Path, name: str) -> Path:
+@overload
+def own_directory(path: Path, name: str) -> Path: ...
+@overload
+def own_directory(path: RemotePath, name: str) -> RemotePath: ...
+def own_directory(path: Place, name: str) -> Place:
     """The directory of an array, which lies in the store and not behind a symbolic link."""
     directory = path / name
     if directory.is_symlink():
@@ -89,7 +106,7 @@ def own_directory(path: Path, name: str) -> Path:
     return directory
 
 
-def read_commit(path: Path) -> Commit:
+def read_commit(path: Place) -> Commit:
     """Raises NotAStore for a path that is no trajectory of this format, StoreCorrupt for a damaged one."""
     require_store(path)
     group, _ = fmt.read_document(path / fmt.DOCUMENT, "group", "trajectory")

@@ -3,6 +3,8 @@
 A file is put down whole or not at all: written under a random temporary name that planted files cannot
 guess, flushed to the device, then renamed. The rename itself lasts once its directory is flushed; callers
 order those flushes, because that order *is* the commit protocol (see ``journal``).
+
+On an object store a put is all of that at once, and there is no directory to make or to flush.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import sys
 import weakref
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast, overload
 
 from cmdgpu.errors import CmdgpuError, DurabilityUnknown, StoreExists, StoreLocked, WriteFailed
 from cmdgpu.notation import AnyArray
+from cmdgpu.store.places import Place, RemotePath
 
 if sys.platform != "win32":
     import fcntl
@@ -52,13 +55,17 @@ def open_directory(path: Path) -> Generator[int]:
         os.close(fd)
 
 
-def write_file(directory: Path, name: str, parts: Iterable[Buffer]) -> None:
+def write_file(directory: Place, name: str, parts: Iterable[Buffer]) -> None:
     """Put ``parts``, one after the other, into ``directory/name``: all bytes or the old file.
 
     The data are flushed before the rename, or a power cut could leave an empty file under the final
     name. The directory is *not* flushed here. Raises WriteFailed naming the file, or what ``parts`` raises;
-    the temporary file is gone by then.
+    the temporary file is gone by then. RemoteFailed where it is no file.
     """
+    if isinstance(directory, RemotePath):
+        file = directory / name
+        file.client.put(file.key, b"".join(parts))
+        return
     temporary = directory / partial_name(name)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -100,8 +107,10 @@ def flush_file(fd: int) -> None:
         os.fsync(fd)
 
 
-def flush_directory(path: Path) -> None:
+def flush_directory(path: Place) -> None:
     """Make the names inside ``path`` last. Raises WriteFailed naming the directory."""
+    if isinstance(path, RemotePath):
+        return
     try:
         with open_directory(path) as fd:
             os.fsync(fd)
@@ -153,16 +162,25 @@ def publish_directory(temporary: Path, final: Path) -> None:
         raise WriteFailed(f"cannot create: {reason_of(error)}", file=final, hint=TRY_AGAIN) from error
 
 
-def entries(directory: Path) -> list[Path]:
+@overload
+def entries(directory: Path) -> list[Path]: ...
+@overload
+def entries(directory: RemotePath) -> list[RemotePath]: ...
+def entries(directory: Place) -> list[Path] | list[RemotePath]:
     """What lies in a directory, by name. Raises CmdgpuError: what cannot be listed is not empty."""
+    if isinstance(directory, RemotePath):
+        files, folders = directory.client.names(directory.key)
+        return sorted(directory / name for name in (*files, *folders))
     try:
         return sorted(directory.iterdir())
     except OSError as error:
         raise CmdgpuError(f"cannot be listed: {reason_of(error)}", file=directory) from error
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Place) -> None:
     """Create ``path`` and what is missing above it, names that last. Raises WriteFailed naming the path."""
+    if isinstance(path, RemotePath):
+        return
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -18,14 +18,16 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 
 from cmdgpu.errors import NotAStore, StoreCorrupt, UsageError, printable
-from cmdgpu.notation import UNWRITTEN, AnyArray
+from cmdgpu.notation import U8, UNWRITTEN, AnyArray, BoolArray
 from cmdgpu.store import zstd
+from cmdgpu.store.places import Place, RemotePath
+from cmdgpu.store.remote import Absent
+from cmdgpu.store.uncollected import uncollected
 
 Json: TypeAlias = dict[str, Any]
 
@@ -157,7 +159,9 @@ def array_document(
 
 
 def group_document(attributes: Mapping[str, Any]) -> Json:
-    return seal({"zarr_format": 3, "node_type": "group", "attributes": copy.deepcopy(dict(attributes))})
+    """Metadata of a group, sealed. Its parts, which may be a long layout, stay those of the caller."""
+    own_part = dict(attributes["cmdgpu"])
+    return seal({"zarr_format": 3, "node_type": "group", "attributes": {**attributes, "cmdgpu": own_part}})
 
 
 def own(kind: str, **fields: Any) -> Json:
@@ -212,8 +216,10 @@ def encode(document: Json) -> bytes:
 # ---- reading documents back -----------------------------------------------------------------------------
 
 
-def read_bytes(path: Path, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
+def read_bytes(path: Place, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
     """A small regular file, whole. FIFOs, devices, symbolic links and absurd sizes are StoreCorrupt."""
+    if isinstance(path, RemotePath):
+        return _read_object(path, limit)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(path, flags)
@@ -231,31 +237,70 @@ def read_bytes(path: Path, limit: int = _MAX_DOCUMENT_BYTES) -> bytes:
         os.close(fd)
 
 
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[{\]},:]', re.DOTALL)
-"""What gives a document its shape; a string, or one without an end, whole: nothing inside it counts."""
+def _read_object(path: RemotePath, limit: int) -> bytes:
+    try:
+        size, pieces = path.client.get(path.key, limit)
+    except Absent as error:
+        raise StoreCorrupt("is missing", file=path) from error
+    if size > limit:
+        raise StoreCorrupt(f"holds {size} bytes, more than {limit}", file=path)
+    raw = bytearray()
+    for piece in pieces:
+        raw += piece
+        if len(raw) > size:
+            break
+    if len(raw) != size:
+        raise StoreCorrupt(f"arrived as {len(raw)} bytes, the server told of {size}", file=path)
+    return bytes(raw)
+
+
+_PIECE_BYTES: Final = 1 << 16
+"""Of a document that is looked at in one go: its numbers stay in the cache."""
+_QUOTE, _BACKSLASH = 0x22, 0x5C
+_STEP = np.zeros(256, dtype=np.int8)
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
+_IS_SEPARATOR = np.zeros(256, dtype=np.bool_)
+_IS_SEPARATOR[list(b",:")] = True
 
 
 def shapes(raw: bytes) -> Iterator[tuple[int, int, int]]:
-    """(depth, brackets opened, commas and colons) of a JSON document up to each of these marks.
+    """(deepest nesting, brackets opened, commas and colons) of a JSON document, up to the end of each piece.
 
-    What a document costs in memory goes by their number; whoever asks stops at a bound of its own.
+    What a document costs in memory goes by their number; whoever asks stops at a bound of its own. Nothing
+    inside a string counts, be it one without an end.
     """
-    depth = opened = separators = 0
-    for found in _STRUCTURE.finditer(raw):
-        match found[0]:
-            case b"[" | b"{":
-                depth += 1
-                opened += 1
-            case b"]" | b"}":
-                depth -= 1
-            case b"," | b":":
-                separators += 1
-            case _:
-                continue
-        yield depth, opened, separators
+    depth = deepest = opened = separators = 0
+    in_string = is_escaped = False
+    for start in range(0, len(raw), _PIECE_BYTES):
+        piece = np.frombuffer(raw, np.uint8, min(_PIECE_BYTES, len(raw) - start), start)
+        quotes = piece == _QUOTE
+        if is_escaped or _BACKSLASH in piece:
+            is_escaped = _drop_escaped(piece, quotes, is_escaped)
+        outside = (np.cumsum(quotes, dtype=np.uint8) & 1) == in_string
+        in_string ^= bool(np.count_nonzero(quotes) & 1)
+        steps = _STEP[piece[outside]]
+        levels = depth + np.cumsum(steps, dtype=np.int64)
+        deepest = max(deepest, int(levels.max(initial=depth)))
+        depth = int(levels[-1]) if len(levels) else depth
+        opened += int(np.count_nonzero(steps > 0))
+        separators += int(np.count_nonzero(_IS_SEPARATOR[piece[outside]]))
+        yield deepest, opened, separators
 
 
-def parse(raw: bytes, path: Path) -> Json:
+def _drop_escaped(piece: U8, quotes: BoolArray, is_escaped: bool) -> bool:
+    """Take quotes behind an odd number of backslashes out; whether what follows the piece is behind one.
+
+    A backslash outside of a string is no JSON: what follows it does not matter.
+    """
+    at = np.arange(1, len(piece) + 1)
+    others = np.where(piece == _BACKSLASH, -1 if is_escaped else 0, at)
+    run = at - np.maximum.accumulate(others)  # backslashes that end here
+    quotes[1:] &= run[:-1] % 2 == 0
+    quotes[0] &= not is_escaped
+    return bool(run[-1] % 2)
+
+
+def parse(raw: bytes, path: Place) -> Json:
     """JSON in ASCII with no duplicate keys, no absurd nesting, no absurd number of values.
 
     Anything else is StoreCorrupt, before it costs more memory than a few times its size.
@@ -270,9 +315,10 @@ def parse(raw: bytes, path: Path) -> Json:
         if values > _MAX_VALUES:
             raise StoreCorrupt(f"holds more than {_MAX_VALUES} values", file=path)
     try:
-        document = json.loads(
-            text, object_pairs_hook=no_duplicates, parse_constant=_finite, parse_float=_finite
-        )
+        with uncollected():
+            document = json.loads(
+                text, object_pairs_hook=no_duplicates, parse_constant=_finite, parse_float=_finite
+            )
     except ValueError as error:
         raise StoreCorrupt(f"is no JSON: {error}", file=path) from error
     if not isinstance(document, dict):
@@ -304,7 +350,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def read_document(path: Path, node_type: str, kind: str) -> tuple[Json, bytes]:
+def read_document(path: Place, node_type: str, kind: str) -> tuple[Json, bytes]:
     """A metadata document of ours, believed only after its version, its seal and its kind are right."""
     raw = read_bytes(path)
     document = parse(raw, path)
@@ -364,7 +410,7 @@ class ArrayShape:
 
 def check_array(
     document: Json,
-    path: Path,
+    path: Place,
     dims: Sequence[str],
     fill: float | int | None = None,
     *,

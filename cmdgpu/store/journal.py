@@ -187,7 +187,7 @@ class Journal:
         A chunk of index > T means that somebody put an *older* commit file back: deleting would destroy
         data, so that is StoreCorrupt and nothing is touched.
         """
-        edge, path = len(self.view.steps), self.view.path
+        edge, path = len(self.view.steps), self.view.folder
         has_sketch = self.view.sketch_rows is not None
         large = [fmt.WEIGHTS, fmt.SKETCH] if has_sketch else [fmt.WEIGHTS]
         small = [*self._small_names(), fmt.SKETCH_ROW] if has_sketch else self._small_names()
@@ -268,7 +268,7 @@ class Journal:
         view, t = self.view, len(self.view.steps)
         crcs = list(crcs)
         if sketch is not None:
-            crcs.append(write_chunk(view.path / fmt.SKETCH, fmt.chunk_name(0, t), sketch, view.zstd_level))
+            crcs.append(write_chunk(view.folder / fmt.SKETCH, fmt.chunk_name(0, t), sketch, view.zstd_level))
         steps = np.append(view.steps, np.int64(step))
         series = self._extend_scalars(scalars)
         self._write_small(steps, series)
@@ -279,19 +279,19 @@ class Journal:
 
     def require_next(self, step: int) -> None:
         if not self._usable:
-            raise WriteFailed("the journal is closed", file=self.view.path, hint="open the store again")
+            raise WriteFailed("the journal is closed", file=self.view.folder, hint="open the store again")
         steps = self.view.steps
         if step < 0 or (len(steps) and step <= int(steps[-1])):
             last = f"the last recorded step is {int(steps[-1])}" if len(steps) else "steps count from 0"
             raise UsageError(
                 f"step {step} cannot follow: {last}",
-                file=self.view.path,
+                file=self.view.folder,
                 hint=f"steps increase; to go back, Recorder(path, rewind_to={max(step - 1, 0)})",
             )
 
     def _write_column(self, column: Column, t: int, writers: int) -> list[bytes]:
         """Beyond the visible edge, so no reader sees it; inside this step the order is free."""
-        level, directory = self.view.zstd_level, self.view.path / fmt.WEIGHTS
+        level, directory = self.view.zstd_level, self.view.folder / fmt.WEIGHTS
 
         def write(i: int) -> bytes:
             return write_chunk(directory, fmt.chunk_name(i, t), column.chunk(i), level)
@@ -316,22 +316,22 @@ class Journal:
         view = self.view
         if view.sketch_rows is not None:
             document = sketch_document(len(view.sketch_rows), len(steps), view.storage, view.zstd_level)
-            durable.write_file(view.path / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(document)])
+            durable.write_file(view.folder / fmt.SKETCH, fmt.DOCUMENT, [fmt.encode(document)])
 
     def _write_small_array(self, name: str, values: AnyArray) -> None:
         """A scalar first seen now is built apart, every chunk of it; of a known one only the tail changes."""
-        directory = self.view.path / name
+        directory = self.view.folder / name
         tail = (len(values) - 1) // fmt.SMALL_CHUNK
         if name in self._small_names():
             write_series(directory, name, values, tail)
             return
         self._discard_uncommitted(directory)
-        building = self.view.path / durable.partial_name(name)
+        building = self.view.folder / durable.partial_name(name)
         try:
             durable.make_directory(building)
             write_series(building, name, values, 0)
             durable.publish_directory(building, directory)
-            durable.flush_directory(self.view.path)
+            durable.flush_directory(self.view.folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -339,12 +339,12 @@ class Journal:
     def _flush_names(self) -> None:
         """Without this the commit could outlive the chunks it speaks of."""
         if self.view.sketch_rows is not None:
-            durable.flush_directory(self.view.path / fmt.SKETCH)
-        durable.flush_directory(self.view.path / fmt.WEIGHTS)
+            durable.flush_directory(self.view.folder / fmt.SKETCH)
+        durable.flush_directory(self.view.folder / fmt.WEIGHTS)
 
     def _fence(self) -> None:
         """A second writer where ``flock`` does not work (some network filesystems) is caught here."""
-        path = self.view.path / fmt.WEIGHTS / fmt.DOCUMENT
+        path = self.view.folder / fmt.WEIGHTS / fmt.DOCUMENT
         if fmt.read_bytes(path) != self.view.raw:
             self._usable = False
             raise StoreFenced("another writer committed here", file=path, hint="one recorder per store")
@@ -369,7 +369,7 @@ class Journal:
             head["small"][name] = digest(values)
         head["small"] = {n: d for n, d in head["small"].items() if n in fmt.RESERVED or n in series}
         raw = fmt.encode(fmt.seal(document))
-        directory = self.view.path / fmt.WEIGHTS
+        directory = self.view.folder / fmt.WEIGHTS
         durable.write_file(directory, fmt.DOCUMENT, [raw])
         try:
             durable.flush_directory(directory)
@@ -405,7 +405,7 @@ class Journal:
         if step not in steps:
             nearest = nearest_steps(steps, step)
             raise StepNotFound(
-                "is not recorded", file=self.view.path, step=step, hint=f"nearest recorded: {nearest}"
+                "is not recorded", file=self.view.folder, step=step, hint=f"nearest recorded: {nearest}"
             )
         dropped = 0
         while int(self.view.steps[-1]) > step:
@@ -429,8 +429,8 @@ class Journal:
         self._fence()
         self._commit(view.steps, view.digests, view.scalars, view.sources)
         for name in names:
-            if os.path.lexists(view.path / name):
-                durable.remove(durable.set_aside(view.path / name))
+            if os.path.lexists(view.folder / name):
+                durable.remove(durable.set_aside(view.folder / name))
 
     def _trim_small(self) -> None:
         """Shorten the shapes, leave the values."""
@@ -439,7 +439,7 @@ class Journal:
         if view.sketch_rows is not None:
             documents[fmt.SKETCH] = sketch_document(len(view.sketch_rows), t, view.storage, view.zstd_level)
         for name, document in documents.items():
-            directory = view.path / name
+            directory = view.folder / name
             found, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")
             if found["shape"] != document["shape"]:
                 write_document(directory, document)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from cmdgpu.store import remote
+from cmdgpu.store.ahead import in_order
 from cmdgpu.store.chunks import PIECE, ChunkDamage, check_chunk, read_chunk, stored_crc
+from cmdgpu.store.places import Place, RemotePath
 
 _READERS: Final = 8
 """Chunks in flight: a cold disk answers many questions at once faster than one after the other."""
-_AHEAD: Final = 4 * _READERS
 
 
 @dataclass(frozen=True)
 class ChunkFile:
-    path: Path
+    path: Place
     n_bytes: int
     """Bytes of its elements; where it is not compressed, its CRC follows them."""
     compressed: bool = False
@@ -49,14 +48,8 @@ def scan(files: Iterable[ChunkFile], *, quick: bool) -> Iterator[bytes | ChunkDa
             return damage
 
     left = iter(files)
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="cmdgpu-scan") as pool:
-        asked: deque[Future[bytes | ChunkDamage]] = deque()
-        try:
-            asked.extend(pool.submit(look, file) for file in itertools.islice(left, _AHEAD))
-            while asked:
-                answer = asked.popleft().result()
-                asked.extend(pool.submit(look, file) for file in itertools.islice(left, 1))
-                yield answer
-        finally:
-            for future in asked:
-                future.cancel()
+    first = next(left, None)
+    if first is None:
+        return
+    readers = remote.READS_IN_FLIGHT if isinstance(first.path, RemotePath) else _READERS
+    yield from in_order(look, itertools.chain([first], left), readers)

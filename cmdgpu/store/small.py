@@ -17,6 +17,7 @@ from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc, write_chunk
 from cmdgpu.store.commit import Commit, own_directory
+from cmdgpu.store.places import Place
 
 SAMPLE_BY_SNAPSHOT = ("sample", "snapshot")
 
@@ -35,7 +36,7 @@ def digest(values: AnyArray) -> str:
 # ---- reading --------------------------------------------------------------------------------------------
 
 
-def read_small(path: Path, name: str, length: int | None, wanted_digest: object) -> Any:
+def read_small(path: Place, name: str, length: int | None, wanted_digest: object) -> Any:
     """The first ``length`` values (all when None) of a small array, checked against its digest."""
     directory = own_directory(path, name)
     document, _ = fmt.read_document(directory / fmt.DOCUMENT, "array", "small")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cmdgpu.errors import CmdgpuError, NotAStore, StoreCorrupt
@@ -14,6 +13,7 @@ from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, stored_size
 from cmdgpu.store.commit import Commit, own_directory, read_commit
+from cmdgpu.store.places import Place, RemotePath
 from cmdgpu.store.scan import ChunkFile, scan
 from cmdgpu.store.small import check_sketch, read_scalar, read_sketch_rows, read_steps
 
@@ -47,7 +47,7 @@ class Verification:
     damaged: list[Damage] = field(default_factory=list[Damage])
 
 
-def verify_store(path: Path, *, quick: bool = False, progress: Progress | None = None) -> Verification:
+def verify_store(path: Place, *, quick: bool = False, progress: Progress | None = None) -> Verification:
     """Check a trajectory store, in the memory of a few small buffers; of a few chunks if they are compressed.
 
     quick   metadata, small arrays, presence, type, size and the CRC every chunk carries against the digests
@@ -76,19 +76,25 @@ def verify_store(path: Path, *, quick: bool = False, progress: Progress | None =
     return found
 
 
-def _metadata_damage(error: CmdgpuError, path: Path, array: str = "metadata") -> Damage:
+def _metadata_damage(error: CmdgpuError, path: Place, array: str = "metadata") -> Damage:
     return Damage(error.file or str(path), array, error.message)
 
 
-def read_commit_and_edge(path: Path) -> tuple[Commit, list[Damage]]:
-    """The commit, and the chunks that lie beyond it. Raises NotAStore, StoreCorrupt."""
+def read_commit_and_edge(path: Place) -> tuple[Commit, list[Damage]]:
+    """The commit, and the chunks that lie beyond it. Raises NotAStore, StoreCorrupt.
+
+    Plain HTTP lists nothing: what lies beyond the commit is not looked for there.
+    """
     read_commit(path)  # refuses what is no store, or a link, before anything is listed
-    listed = durable.entries(path / fmt.WEIGHTS)  # before T is read: a recorder may go on meanwhile
+    can_list = not isinstance(path, RemotePath) or path.client.can_list
+    listed = (
+        durable.entries(path / fmt.WEIGHTS) if can_list else []
+    )  # before T: a recorder may go on meanwhile
     commit = read_commit(path)
     return commit, list(_beyond_the_edge(listed, len(commit.steps)))
 
 
-def _beyond_the_edge(files: list[Path], edge: int) -> Iterator[Damage]:
+def _beyond_the_edge(files: Sequence[Place], edge: int) -> Iterator[Damage]:
     """A chunk of index T is a killed append's; one beyond it tells of an older commit file put back."""
     for file in files:
         match = fmt.CHUNK.fullmatch(file.name)
@@ -127,7 +133,7 @@ class Columns:
         if self._sketch_bytes is not None:
             yield self._file(self._commit.sketch_path(t), self._sketch_bytes)
 
-    def _file(self, path: Path, n_bytes: int) -> ChunkFile:
+    def _file(self, path: Place, n_bytes: int) -> ChunkFile:
         return ChunkFile(path, n_bytes, self._commit.is_compressed)
 
     def verify(

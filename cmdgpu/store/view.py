@@ -7,17 +7,19 @@ never change, so this is snapshot isolation for free: a recorder may append mean
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import numpy as np
 
 from cmdgpu.errors import StoreCorrupt
 from cmdgpu.notation import F64, I64, AnyArray
 from cmdgpu.store import format as fmt
+from cmdgpu.store import remote
+from cmdgpu.store.ahead import in_order
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc, stored_size
 from cmdgpu.store.commit import Commit, read_commit
+from cmdgpu.store.places import Place
 from cmdgpu.store.small import check_sketch, read_scalar, read_sketch_rows, read_steps
 
 
@@ -44,7 +46,7 @@ class StoreView(Commit):
     """One per column: a cold disk answers for many columns at once faster than one after the other."""
 
     @staticmethod
-    def open(path: Path, *, without: Collection[str] = ()) -> StoreView:
+    def open(path: Place, *, without: Collection[str] = ()) -> StoreView:
         """Read and check the metadata and the small arrays.
 
         ``without`` names scalars to do without. Raises NotAStore for a path that is no trajectory of this
@@ -73,7 +75,9 @@ class StoreView(Commit):
             times = range(len(self.steps))
             files = [self.chunk_path(i, t) for t in times for i in range(self.n_chunks)]
             sketches = [] if self.sketch_rows is None else [self.sketch_path(t) for t in times]
-            return sum(map(stored_size, files + sketches))
+            if self.is_local:
+                return sum(map(stored_size, files + sketches))
+            return sum(in_order(stored_size, files + sketches, remote.READS_IN_FLIGHT))
         per_chunk = self.rows * self.storage.numpy.itemsize + fmt.CRC_BYTES
         sketch = 0
         if self.sketch_rows is not None:
@@ -96,21 +100,48 @@ class StoreView(Commit):
                 self._crcs[t] = self._first_contact(t)
             return self._crcs[t]
 
+    def require(self, times: Sequence[int]) -> None:
+        """First contact with many columns. Raises StoreCorrupt for the first of them that is damaged.
+
+        Of a server many things are asked at once: a round trip for each chunk adds up.
+        """
+        if self.is_local:
+            for t in times:
+                self.crcs(t)
+            return
+        new = [t for t in dict.fromkeys(times) if t not in self._crcs]
+        tails = in_order(lambda at: self._stored_crc(*at), self._contacts(new), remote.READS_IN_FLIGHT)
+        for t in new:
+            self._crcs[t] = self._vouched(t, [next(tails) for _ in self._contacts([t])])
+
     def _first_contact(self, t: int) -> list[bytes]:
+        if not self.is_local:
+            self.require([t])
+            return self._crcs[t]
+        return self._vouched(t, [self._stored_crc(i, at) for i, at in self._contacts([t])])
+
+    def _contacts(self, times: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(i, t) of every chunk of these columns, that of the sketch last: as their digests go."""
+        n_files = self.n_chunks if self.sketch_rows is None else self.n_chunks + 1
+        return ((i, t) for t in times for i in range(n_files))
+
+    def _stored_crc(self, i: int, t: int) -> bytes:
+        """The CRC that chunk i of a column carries, or that of its sketch for the one after the last."""
         itemsize = self.storage.numpy.itemsize
-        found: list[bytes] = []
-        for i in range(self.n_chunks):
+        if i < self.n_chunks:
             try:
-                path, n_bytes = self.chunk_path(i, t), self.rows * itemsize
-                found.append(stored_crc(path, n_bytes, compressed=self.is_compressed))
+                return stored_crc(self.chunk_path(i, t), self.rows * itemsize, compressed=self.is_compressed)
             except ChunkDamage as damage:
                 raise self._corrupt(str(damage), i, t) from damage
-        if self.sketch_rows is not None:
-            path, n_bytes = self.sketch_path(t), len(self.sketch_rows) * itemsize
-            try:
-                found.append(stored_crc(path, n_bytes, compressed=self.is_compressed))
-            except ChunkDamage as damage:
-                raise self._corrupt_sketch(str(damage), t) from damage
+        assert self.sketch_rows is not None
+        try:
+            n_bytes = len(self.sketch_rows) * itemsize
+            return stored_crc(self.sketch_path(t), n_bytes, compressed=self.is_compressed)
+        except ChunkDamage as damage:
+            raise self._corrupt_sketch(str(damage), t) from damage
+
+    def _vouched(self, t: int, found: list[bytes]) -> list[bytes]:
+        """These CRCs, which must be the ones that were committed."""
         if fmt.sha256(*found) != self.digests[t]:
             raise StoreCorrupt(
                 "its chunks are not the ones that were committed (swapped, stale or foreign)",
@@ -130,14 +161,14 @@ class StoreView(Commit):
         from cmdgpu.ops import files  # brings torch, which only a pass needs
 
         wrong = list(range(len(times)))
-        if files.can_read() and not self.is_compressed:
+        if self.is_local and files.can_read() and not self.is_compressed:
             here = self.files(i, times)
             wrong = files.read_checked(here.directory, here.names, here.n_bytes, places, here.kept)
         for k in wrong:
             self.read_chunk(i, times[k], places[k])
 
     def files(self, i: int, times: list[int]) -> ChunkFiles:
-        """Chunk i of several columns, not compressed, for whoever reads them himself; see ``read_chunks``."""
+        """Chunk i of several columns, for whoever reads them himself: of a local store, not compressed."""
         kept = [self.contact(t)[i] for t in times]
         names = tuple(fmt.chunk_name(i, t) for t in times)
         n_bytes = self.rows * self.storage.numpy.itemsize
@@ -151,7 +182,7 @@ class StoreView(Commit):
         """``_first_contact`` without the words: None when anything is not as it was committed."""
         from cmdgpu.ops import files
 
-        if self.is_compressed or not files.can_read():
+        if not self.is_local or self.is_compressed or not files.can_read():
             return None
         with self._locks.setdefault(t, threading.Lock()):
             if t in self._crcs:

@@ -18,9 +18,9 @@ from cmdgpu.store import format as fmt
 from cmdgpu.streaming.plan import SLOT_PADDING
 from cmdgpu.streaming.reader import Block
 
-Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
-"""One unit's (T, rows) block -> its outputs, on the same device."""
-Outputs: TypeAlias = list[tuple[Tensor, ...]]
+Compute: TypeAlias = Callable[[int, Tensor], list[tuple[Tensor, ...]]]
+"""A unit and its (T, rows) block -> the outputs of every fit that lacks it, on the same device."""
+Outputs: TypeAlias = list[list[tuple[Tensor, ...]]]
 """Of every unit of a block, on the host."""
 
 
@@ -67,7 +67,8 @@ class CpuDevice:
 
     def submit(self, block: Block, rows: int, dtype: str, compute: Compute) -> Pending:
         W_tb = ops.as_tensor(block.W_tb, dtype)
-        return _Finished([compute(W_tb[:, i : i + rows]) for i in range(0, W_tb.shape[1], rows)])
+        units = range(block.first, block.stop)
+        return _Finished([compute(u, W_tb[:, i * rows : (i + 1) * rows]) for i, u in enumerate(units)])
 
     def __enter__(self) -> Self:
         return self
@@ -119,11 +120,15 @@ class CudaDevice:
             copied = self._copy.record_event()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(copied)
-            on_device = [compute(target[:, i : i + rows]) for i in range(0, width, rows)]
+            units = range(block.first, block.stop)
+            on_device = [compute(u, target[:, i * rows : (i + 1) * rows]) for i, u in enumerate(units)]
             self._computed[turn] = self._compute.record_event()
             on_host = [
-                tuple(_pinned_like(output).copy_(output, non_blocking=True) for output in outputs)
-                for outputs in on_device
+                [
+                    tuple(_pinned_like(output).copy_(output, non_blocking=True) for output in outputs)
+                    for outputs in fits
+                ]
+                for fits in on_device
             ]
             arrived = self._compute.record_event()
         return _OnItsWay(on_host, on_device, arrived)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -33,7 +33,9 @@ def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.de
 
     Every one holds the files of all its snapshots open.
     """
-    if not isinstance(source, StoreSource) or source.view.is_compressed or device.type != "cpu":
+    if not isinstance(source, StoreSource) or device.type != "cpu":
+        return 0
+    if source.view.is_compressed or not source.view.is_local:
         return 0
     if not ops.can_fit_files(source.dtype, n_snapshots, n_modes):
         return 0
@@ -51,25 +53,32 @@ def _most_files() -> int:
 
 
 def fitted_units(
-    source: Source, columns: I64, work: AssignAndFit, units: Sequence[int], threads: int
-) -> Generator[tuple[int, tuple[Tensor, ...], int]]:
-    """(unit, its outputs, bytes read) in order. Raises StoreCorrupt naming file, tensor and step."""
+    source: Source,
+    columns: I64,
+    works: Sequence[AssignAndFit],
+    todo: Mapping[int, Sequence[int]],
+    threads: int,
+) -> Generator[tuple[int, list[tuple[Tensor, ...]], int]]:
+    """(unit, outputs of every work that it is to be fitted by, bytes read), in the order of ``todo``.
+
+    Raises StoreCorrupt naming file, tensor and step.
+    """
     assert isinstance(source, StoreSource)
-    view, times = source.view, columns.tolist()
+    view, times, units = source.view, columns.tolist(), list(todo)
     with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="cmdgpu-read") as pool:
         for _ in pool.map(view.contact, times):
             pass
     n_bytes = len(times) * view.rows * view.storage.numpy.itemsize
 
-    def fit(at: int) -> tuple[Tensor, ...]:
+    def fit(at: int) -> list[tuple[Tensor, ...]]:
         coming = units[at + threads] if at + threads < len(units) else None
-        return _fit(view, times, work, units[at], coming)
+        return _fit(view, times, [works[k] for k in todo[units[at]]], units[at], coming)
 
     # Threads inherit how their maker treats subnormals; the kernel's bits must not.
     with ThreadPoolExecutor(
         threads, "cmdgpu-read", initializer=torch.set_flush_denormal, initargs=(False,)
     ) as pool:
-        under_way: deque[tuple[int, Future[tuple[Tensor, ...]]]] = deque()
+        under_way: deque[tuple[int, Future[list[tuple[Tensor, ...]]]]] = deque()
         try:
             for at in range(len(units) + threads):
                 if at < len(units):
@@ -83,19 +92,19 @@ def fitted_units(
 
 
 def _fit(
-    view: StoreView, times: list[int], work: AssignAndFit, unit: int, coming: int | None
-) -> tuple[Tensor, ...]:
-    start, stop = work.frame.unit(unit)
+    view: StoreView, times: list[int], works: Sequence[AssignAndFit], unit: int, coming: int | None
+) -> list[tuple[Tensor, ...]]:
+    start, stop = works[0].frame.unit(unit)
     for _ in range(2):
-        fit = ops.fit_files(
-            work.dtype,
-            work.references,
+        fits = ops.fit_files(
+            works[0].dtype,
+            [work.references for work in works],
             view.files(unit, times),
             stop - start,
             None if coming is None else view.files(coming, times).names,
         )
-        if fit is not None:
-            return fit.mode, fit.a, fit.b, fit.correlation, fit.ss
+        if fits is not None:
+            return [(fit.mode, fit.a, fit.b, fit.correlation, fit.ss) for fit in fits]
         chunk = np.empty(view.rows, dtype=view.storage.numpy)
         for t in times:
             view.read_chunk(unit, t, chunk)

@@ -7,6 +7,7 @@ of the unit, so that a unit may run twice, late or elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ from cmdgpu import ops
 from cmdgpu.notation import F32, F64, UNWRITTEN
 from cmdgpu.results import Frame, UnitRows
 from cmdgpu.statistics import UnitStatistics, unit_statistics
+from cmdgpu.version import __version__
 
 _EPSILON: Final = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -58,11 +60,23 @@ class AssignAndFit:
             n_snapshots=len(self.frame.steps),
             epsilon=_EPSILON[self.dtype],
         )
-        for low, high in self.frame.map.holes:
-            hole = slice(max(low - start, 0), max(high - start, 0))
+        for low, high in self.frame.map.holes_in(start, stop):
+            hole = slice(low - start, high - start)
             mode[hole] = UNWRITTEN
             a[hole] = b[hole] = correlation[hole] = np.nan
         return UnitRows(mode, a, b, correlation), statistics
+
+
+def code_identity(devices: Sequence[torch.device]) -> dict[str, str | None]:
+    """What the bits of a fit depend on besides its input: versions, and the class of the devices."""
+    return {
+        "cmdgpu": __version__,
+        "operation": "assign_and_fit",
+        "torch": torch.__version__,
+        "triton": ops.triton_version(),
+        "numpy": np.__version__,
+        "device_class": ops.device_class(devices[0]),
+    }
 
 
 def workspace_bytes(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> int:

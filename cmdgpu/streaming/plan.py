@@ -33,6 +33,8 @@ class Plan:
     limit_bytes: int
     n_units: int
     rows: int
+    lanes: int = 1
+    """Devices that take blocks at the same time, each with its own slots."""
     threads: int = 0
     """Units that are read and fitted at a time, straight from files; 0 for a pass through slots."""
 
@@ -48,6 +50,7 @@ def plan_direct(
     rows: int,
     itemsize: int,
     threads: int,
+    fits: int,
     fixed_bytes: int,
     thread_bytes: int,
     limit_bytes: int,
@@ -55,19 +58,19 @@ def plan_direct(
     """As many threads as fit the limit, up to ``threads``.
 
     needed = reserved + fixed + threads * (kernel's + rows * itemsize)
-             + (2 * threads + 1 + 2 * writes) * rows * outputs
+             + ((2 * threads + 1) * fits + 2 * writes) * rows * outputs
 
-    A chunk for each thread, should a file be wrong; outputs under way, finished, and twice as they are
-    written. Raises MemoryLimitError with both numbers when one thread does not fit.
+    A chunk for each thread, should a file be wrong; outputs of every fit under way and finished, and twice
+    as they are written. Raises MemoryLimitError with both numbers when one thread does not fit.
     """
 
     def needed(threads: int) -> int:
-        outputs = (2 * threads + 1 + 2 * WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
+        outputs = ((2 * threads + 1) * fits + 2 * WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
         return _RESERVED + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
 
     for fewer in range(threads, 0, -1):
         if needed(fewer) <= limit_bytes:
-            return Plan(1, 0, needed(fewer), limit_bytes, n_units, rows, fewer)
+            return Plan(1, 0, needed(fewer), limit_bytes, n_units, rows, threads=fewer)
     raise _refusal(f"one unit ({rows} rows, straight from its files)", needed(1), limit_bytes, "")
 
 
@@ -77,30 +80,35 @@ def plan_pass(
     rows: int,
     n_snapshots: int,
     itemsize: int,
+    fits: int,
+    lanes: int,
+    lane_bytes: int,
     fixed_bytes: int,
     limit_bytes: int,
 ) -> Plan:
     """The largest sensible blocks within the limit.
 
-    needed = reserved + fixed + slots * T * (units * rows + padding) * itemsize
-             + units * rows * outputs + writes * 2 * rows * outputs
+    needed = reserved + fixed + writes * 2 * rows * outputs
+             + lanes * (lane's + slots * T * (units * rows + padding) * itemsize
+                        + fits * units * rows * outputs)
 
-    ``fixed_bytes`` is what does not grow with the block: the kernel's workspace, a reader's own buffers,
-    results kept in memory. Raises MemoryLimitError with both numbers when one unit in two slots does not fit.
+    ``lane_bytes`` and ``fixed_bytes`` are what does not grow with the block: the kernel's workspace and a
+    reader's own buffers, for every device; results kept in memory. Raises MemoryLimitError with both numbers
+    when one unit in two slots does not fit.
     """
 
     def needed(units: int, slots: int) -> int:
         width = units * rows
         slot = n_snapshots * (width + SLOT_PADDING) * itemsize
-        waiting = WRITES_IN_FLIGHT * 2 * rows * _OUTPUT_ROW_BYTES
-        return _RESERVED + fixed_bytes + slots * slot + width * _OUTPUT_ROW_BYTES + waiting
+        lane = lane_bytes + slots * slot + fits * width * _OUTPUT_ROW_BYTES
+        return _RESERVED + fixed_bytes + lanes * lane + WRITES_IN_FLIGHT * 2 * rows * _OUTPUT_ROW_BYTES
 
     unit_bytes = max(n_snapshots * rows * itemsize, 1)
-    wanted = max(1, min(n_units, TARGET_BLOCK_BYTES // unit_bytes))
+    wanted = max(1, min(-(-n_units // lanes), TARGET_BLOCK_BYTES // unit_bytes))
     for slots in _SLOTS:
         for units in range(wanted, 0, -1):
             if needed(units, slots) <= limit_bytes:
-                return Plan(units, slots, needed(units, slots), limit_bytes, n_units, rows)
+                return Plan(units, slots, needed(units, slots), limit_bytes, n_units, rows, lanes)
     what = f"the smallest block ({rows} rows x {n_snapshots} snapshots, {_SLOTS[-1]} slots)"
     fewer = ", or select fewer snapshots (--stride 2)"
     raise _refusal(what, needed(1, _SLOTS[-1]), limit_bytes, fewer)

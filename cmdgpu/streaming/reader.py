@@ -5,12 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cmdgpu.notation import I64, AnyArray
-from cmdgpu.sources import READS_IN_FLIGHT, Source
+from cmdgpu.sources import Source
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BlockReader:
     """Context manager and iterator over blocks; hand every block back with ``release``."""
 
     def __init__(
-        self, source: Source, columns: I64, blocks: Sequence[tuple[int, int]], slots: Sequence[AnyArray]
+        self, source: Source, columns: I64, blocks: Iterable[tuple[int, int]], slots: Sequence[AnyArray]
     ) -> None:
         self._source = source
         self._columns = columns
@@ -64,12 +64,14 @@ class BlockReader:
         self._free.put(block.slot)
 
     def _run(self) -> None:
+        blocks = iter(self._blocks)
         try:
-            with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="cmdgpu-read") as pool:
-                for first, stop in self._blocks:
-                    slot = self._free.get()
-                    if slot is None or self._stopping.is_set():
-                        return
+            with ThreadPoolExecutor(self._source.reads_in_flight, thread_name_prefix="cmdgpu-read") as pool:
+                while (slot := self._free.get()) is not None and not self._stopping.is_set():
+                    # a block is taken when there is room for it: other devices may be at the same ones
+                    if (block := next(blocks, None)) is None:
+                        break
+                    first, stop = block
                     width = (stop - first) * self._source.rows
                     W_tb = self._slots[slot][:, :width]
                     n_bytes = self._fill(pool, first, stop, W_tb)
@@ -87,7 +89,7 @@ class BlockReader:
                 if self._stopping.is_set():
                     break
                 waiting.append(pool.submit(task))
-                if len(waiting) > 4 * READS_IN_FLIGHT:
+                if len(waiting) > 4 * self._source.reads_in_flight:
                     n_bytes += waiting.popleft().result()
             while waiting:
                 n_bytes += waiting.popleft().result()

@@ -40,7 +40,7 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store import zstd
 from cmdgpu.store.chunks import crc32c
 from cmdgpu.store.durable import bytes_of
-from tests.verbs import ROWS, STEPS, N, Weights, declaring, edit_document, edit_trajectory, put_frame
+from tests.verbs import ROWS, STEPS, N, Weights, declaring, edit_document, edit_trajectory, on_disk, put_frame
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 MORE_SPACE: Final = 768 << 20
@@ -572,16 +572,16 @@ def put_unit(path: Path, unit: int, name: str, edit: Callable[[AnyArray], object
     ledger, _, _ = open_parts(path)
     values = ledger.read(name, unit)
     edit(values)
-    ledger.file(name, unit).write_bytes(values.tobytes() + crc32c(values))
+    on_disk(ledger.file(name, unit)).write_bytes(values.tobytes() + crc32c(values))
     _renew_records(ledger)
 
 
 def _renew_records(ledger: Ledger) -> None:
     """What binds the units to the run, computed again."""
     for unit in range(ledger.frame.n_units):
-        crcs = [file.path.read_bytes()[-fmt.CRC_BYTES :] for file in ledger.files(unit)][:-1]
+        crcs = [on_disk(file.path).read_bytes()[-fmt.CRC_BYTES :] for file in ledger.files(unit)][:-1]
         record = ledger.record(unit, crcs)
-        ledger.record_file(unit).write_bytes(record.tobytes() + crc32c(record))
+        on_disk(ledger.record_file(unit)).write_bytes(record.tobytes() + crc32c(record))
 
 
 def _modes(name: str, values: AnyArray) -> Forge:

@@ -8,6 +8,9 @@ import platform
 import re
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import torch
 from cmdgpu_kernels import (
     IMPLEMENTATIONS,
     Problem,
+    References,
+    RowFit,
     assign_and_fit,
     assign_and_fit_reference,
     can_fit_files,
@@ -33,6 +38,8 @@ from cmdgpu_kernels.class_sums import native_impl as sums_impl
 from cmdgpu_kernels.native import files, library
 from crc32c import crc32c
 from torch import Tensor
+
+from cmdgpu import ops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROBLEM = Problem("float32", 9, 2, "cpu")
@@ -139,6 +146,7 @@ def test_the_source_and_the_python_side_agree_on_the_constants() -> None:
     assert np.float32("3.40282347e38") == np.float32(limits.LARGEST_SS)
     assert f"sweep<{native_impl.WIDEST}>" in source and f"sweep<{native_impl.WIDEST + 1}>" not in source
     structs: list[tuple[str, Any]] = [
+        ("Set", native_impl._Set),  # pyright: ignore[reportPrivateUsage]
         ("Arguments", native_impl._Arguments),  # pyright: ignore[reportPrivateUsage]
         ("SumArguments", sums_impl._Arguments),  # pyright: ignore[reportPrivateUsage]
         ("Files", files.Files),
@@ -295,6 +303,22 @@ def test_files_of_any_size_are_read_into_their_place_and_checked(tmp_path: Path,
     assert files.read_tails(str(tmp_path), ["a", "b", "c"], n_bytes) == kept
 
 
+def write_files(folder: Path, W: Tensor) -> list[bytes]:
+    """A file for each snapshot, and the CRCs that they carry."""
+    return [put(folder / f"c.{t}", w.view(torch.uint8).numpy().tobytes()) for t, w in enumerate(W)]
+
+
+def fit_written(
+    folder: Path, kept: list[bytes], path: str, W: Tensor, sets: list[References], rows: int
+) -> list[RowFit]:
+    """The first ``rows`` rows of W, of which these files were written, against every set."""
+    names = [f"c.{t}" for t in range(len(W))]
+    dtype = str(W.dtype).removeprefix("torch.")
+    fits = fit_files(f"native-{path}", dtype, sets, str(folder), names, W[0].nbytes, kept, rows, names)
+    assert fits is not None
+    return fits
+
+
 def _damage(how: str, file: Path, n_bytes: int) -> None:
     raw = bytearray(file.read_bytes())
     match how:
@@ -333,7 +357,7 @@ def test_a_file_that_is_not_what_was_kept_is_told_from_the_others(tmp_path: Path
     names = [str(t) for t in range(5)]
     kept = [put(tmp_path / name, w.numpy().tobytes()) for name, w in zip(names, W, strict=True)]
     references = prepare_references(R)
-    call = ("float32", references, str(tmp_path), names, 12_000, kept, 3000)
+    call = ("float32", [references, references], str(tmp_path), names, 12_000, kept, 3000)
     assert fit_files(f"native-{READING[0]}", *call) is not None
     _damage(how, tmp_path / "3", 12_000)
     places = [np.zeros(3000, np.float32) for _ in names]
@@ -355,16 +379,106 @@ def test_rows_straight_from_files_have_the_bits_of_a_block(
 ) -> None:
     exact, R = walks(snapshots, rows, 8)
     W = exact.to(dtype)
-    names = [f"c.{t}" for t in range(snapshots)]
-    raw = [w.view(torch.uint8).numpy().tobytes() for w in W]
-    kept = [put(tmp_path / name, values) for name, values in zip(names, raw, strict=True)]
-    name = str(dtype).removeprefix("torch.")
     references = prepare_references(R)
-    fit = fit_files(f"native-{path}", name, references, str(tmp_path), names, len(raw[0]), kept, live, names)
+    (fit,) = fit_written(tmp_path, write_files(tmp_path, W), path, W, [references], live)
     block = assign_and_fit(W[:, :live], references, implementation=f"native-{path}")
-    assert fit is not None
     for field in FIELDS[:-1]:
         assert torch.equal(getattr(fit, field), getattr(block, field)), field
+
+
+def several_sets(snapshots: int) -> list[References]:
+    """M of 0, 1, 2, 5, 10 and 33; equal and negated references in a set, equal ones in sets, in any order."""
+    if snapshots == 1:
+        return [prepare_references(np.empty((0, 1))) for _ in range(3)]
+    R = walks(snapshots, 1, 40, seed=1)[1].numpy()
+    rows = [[0, 1], [7], [], [1, 0, 2, 3, 4], [4, 2, 4, 0, 2], [*range(9, -1, -1)], [], [*range(5, 38)]]
+    signs = [np.where(np.arange(len(row)) % 3 == 2, -1, 1)[:, None] for row in rows]
+    return [
+        prepare_references(R[row].reshape(-1, snapshots) * sign)
+        for row, sign in zip(rows, signs, strict=True)
+    ]
+
+
+@pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("snapshots", [1, 2, 3, 70, 1025])
+def test_every_set_of_references_has_the_bits_of_a_call_of_its_own(
+    tmp_path: Path, dtype: torch.dtype, snapshots: int
+) -> None:
+    exact, _ = walks(snapshots, 1000, 1)
+    # Rows that never move, rows that are not finite.
+    exact[:, 65], exact[:, 66] = exact[0, 65], 0
+    exact[-1, 67], exact[0, 68], exact[:, 69] = float("nan"), float("inf"), float("-inf")
+    W, sets = exact.to(dtype), several_sets(snapshots)
+    kept = write_files(tmp_path, W)
+    for path in READING:
+        fits = fit_written(tmp_path, kept, path, W, sets, 997)
+        for references, fit in zip(sets, fits, strict=True):
+            (alone,) = fit_written(tmp_path, kept, path, W, [references], 997)
+            for field in FIELDS[:-1]:
+                got, want = getattr(fit, field), getattr(alone, field)
+                assert torch.equal(got.view(torch.int16), want.view(torch.int16)), (references.modes, field)
+            assert torch.equal(fit.mode[65:70], torch.tensor([-1, -1, -2, -2, -2], dtype=torch.int16))
+            assert fit.ss is fits[0].ss and ((fit.mode >= 0).sum() > 900) == (references.modes > 0)
+
+
+@pytest.mark.parametrize("path", READING)
+def test_a_tie_goes_to_the_first_reference_of_its_own_set(tmp_path: Path, path: str) -> None:
+    early, late = np.array([1.0, -1, 0, 0]), np.array([0.0, 0, 1, -1])
+    sets = [prepare_references(np.stack(rows)) for rows in ((early, late), (late, early))]
+    W = torch.tensor([[2.0], [-2], [2], [-2]]).repeat(1, 70)
+    for fit in fit_written(tmp_path, write_files(tmp_path, W), path, W, sets, 70):
+        assert torch.equal(fit.mode, torch.zeros(70, dtype=torch.int16))
+        assert torch.equal(fit.correlation, torch.full((70,), 0.5**0.5))
+
+
+@pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")
+def test_sets_that_share_references_multiply_them_once() -> None:
+    sets = several_sets(70)
+    path = READING[0]
+    rows = [RowFit.empty(8, torch.device("cpu"), margin=False) for _ in sets]
+    one_ss = [replace(fit, ss=rows[0].ss) for fit in rows]
+    arguments = native_impl.Call(path, sets, one_ss, "float32").arguments
+    distinct = {z.tobytes() for one in sets for z in one.z_mt[one.distinct]}
+    assert sum(len(one.distinct) for one in sets) > len(distinct) + 6
+    assert len(distinct) <= arguments.groups * arguments.width < len(distinct) + 6
+    again = native_impl.Call(path, sets, one_ss, "float32").arguments
+    assert again.z == arguments.z, "packed once"
+    fewer = native_impl.Call(path, sets[:2], one_ss[:2], "float32").arguments
+    assert fewer.groups * fewer.width == 3
+
+
+@pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="asks Linux what was read")
+def test_files_are_read_once_for_all_sets(tmp_path: Path) -> None:
+    W, _ = walks(70, 40_000, 1)
+    kept, names = write_files(tmp_path, W), [f"c.{t}" for t in range(70)]
+
+    def so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before, sets = so_far(), several_sets(70)
+    fits = fit_files(f"native-{READING[0]}", "float32", sets, str(tmp_path), names, 160_000, kept, 40_000)
+    assert fits is not None and W.nbytes <= so_far() - before < W.nbytes + 100_000
+
+
+@pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")
+@pytest.mark.parametrize("snapshots", [70, 600])
+def test_the_memory_of_sets_is_what_is_planned_for_all_their_references(
+    tmp_path: Path, snapshots: int
+) -> None:
+    W, R = walks(snapshots, 512, 300)
+    sets = [prepare_references(R[start:stop]) for start, stop in ((0, 2), (2, 100), (100, 300))]
+    kept = write_files(tmp_path, W)
+    with ThreadPoolExecutor(1) as fresh:  # without the buffer of an earlier call
+        tracemalloc.start()
+        try:
+            fresh.submit(fit_written, tmp_path, kept, READING[0], W, sets, 512).result()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    planned = ops.files_workspace_bytes("float32", snapshots, [2, 98, 200], 1)
+    assert from_files.PIECE_BYTES // 2 + 300 * snapshots * 4 < peak < planned
 
 
 # ---- sums by class ----------------------------------------------------------------------------------------

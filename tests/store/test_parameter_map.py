@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmdgpu.errors import CmdgpuError, ModelMismatch
+from cmdgpu.errors import CmdgpuError, ModelMismatch, UsageError
 from cmdgpu.store import parameter_map
 from cmdgpu.store.parameter_map import ParameterMap, Piece, TensorEntry, whole
 from tests.strategies import layouts
@@ -69,6 +69,61 @@ def test_a_row_is_the_element_its_piece_lays_out_in_c_order(
     at = next(itertools.islice(itertools.product(*map(range, piece.size)), k, None))
     place = [i + o for i, o in zip(at, piece.offset, strict=True)]
     assert layout.locate(piece.row + k) == f"{tensor.name}{place if place else ''}"
+
+
+@given(layouts(), st.data())
+def test_some_of_the_tensors_keep_their_rows_and_those_of_the_others_are_holes(
+    layout: ParameterMap, data: st.DataObject
+) -> None:
+    kept = {tensor.name for tensor in layout if data.draw(st.booleans())}
+    some = layout.only(kept)
+    assert ParameterMap.from_json(some.to_json(), FILE) == some, "every row has one place"
+    assert (some.n_rows, [t.name for t in some]) == (
+        layout.n_rows,
+        [t.name for t in layout if t.name in kept],
+    )
+    assert all(some[name] is layout[name] for name in kept)
+    assert some.aliases == {alias: name for alias, name in layout.aliases.items() if name in kept}
+    gone = {t.name for t in layout} - kept
+    assert dict(some.skipped) == {
+        **dict(layout.skipped),
+        **dict.fromkeys(gone, "not selected"),
+        **{alias: "not selected" for alias, name in layout.aliases.items() if name in gone},
+    }
+    live = np.zeros(layout.n_rows, dtype=bool)
+    for tensor in some:
+        for piece in tensor.pieces:
+            live[piece.row : piece.stop] = True
+    assert some.n_live == live.sum()
+    assert np.array_equal(some.are_live(np.arange(layout.n_rows)), live)
+    start = data.draw(st.integers(0, layout.n_rows))
+    stop = data.draw(st.integers(start, layout.n_rows))
+    found = some.holes_in(start, stop)
+    assert [row for low, high in found for row in range(low, high)] == [
+        row for row in range(start, stop) if not live[row]
+    ]
+    assert all(low < high for low, high in found)
+    assert all(high < low for (_, high), (low, _) in itertools.pairwise(found)), "holes that touch are one"
+
+
+def test_one_tensor_of_many_leaves_two_holes() -> None:
+    many = ParameterMap(whole([(f"layer{i}.w", "parameter", "float32", (3,)) for i in range(2000)]))
+    one = many.only(["layer700.w"])
+    assert one.holes == ((0, 2100), (2103, 6000))
+    assert len(repr(many)) < 200 and repr(one) == "ParameterMap(3 of 6000 rows in 1 tensors: layer700.w [3])"
+    assert many.only([t.name for t in many]) is many
+    with pytest.raises(KeyError, match="layer2000"):
+        many.only(["layer0.w", "layer2000.w"])
+
+
+def test_modules_are_the_first_components_in_row_order() -> None:
+    names = ["scale", "g.in.w", "g.in.b", "d.w", "g.out.w", "d.norm.mean"]
+    layout = ParameterMap(whole([(name, "parameter", "float32", (2,)) for name in names]), {"a.b": "d.w"})
+    assert layout.modules() == ["scale", "g", "d"]
+    assert layout.modules(2) == ["scale", "g.in", "d.w", "g.out", "d.norm"]
+    assert layout.modules(9) == names
+    with pytest.raises(UsageError, match="at least 1"):
+        layout.modules(0)
 
 
 def test_a_row_of_a_hole_belongs_to_nobody() -> None:

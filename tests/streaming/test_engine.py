@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import resource
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,9 +152,9 @@ def test_any_order_of_units_gives_the_same_bits(
     source = Trajectory.open(stores[16384])
     straight = fit(source, tmp_path / "straight.zarr" if on_disk else None)
 
-    def shuffled(writer: object, n_units: int) -> list[int]:
+    def shuffled(writer: object, units: Sequence[int]) -> list[int]:
         del writer
-        return random.Random(1).sample(range(n_units), n_units)
+        return random.Random(1).sample(units, len(units))
 
     monkeypatch.setattr("cmdgpu.streaming.engine._missing", shuffled)
     other = fit(source, tmp_path / "shuffled.zarr" if on_disk else None)
@@ -327,7 +327,7 @@ def test_a_callers_treatment_of_subnormals_changes_no_bit(tmp_path: Path) -> Non
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     take("direct", monkeypatch)
     source = StoreSource.__new__(StoreSource)
-    source.view = SimpleNamespace(dtype="float32", is_compressed=False)  # pyright: ignore[reportAttributeAccessIssue]
+    source.view = SimpleNamespace(dtype="float32", is_compressed=False, is_local=True)  # pyright: ignore[reportAttributeAccessIssue]
     cpu = torch.device("cpu")
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))  # pyright: ignore
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

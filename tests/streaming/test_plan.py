@@ -19,6 +19,9 @@ PROBLEMS = st.fixed_dictionaries(
         "rows": st.sampled_from([256, 16384, 65536, 1 << 18, 1 << 20]),
         "n_snapshots": st.integers(1, 3000),
         "itemsize": st.sampled_from([2, 4]),
+        "fits": st.integers(1, 20),
+        "lanes": st.integers(1, 8),
+        "lane_bytes": st.integers(0, 1 << 28),
         "fixed_bytes": st.integers(0, 1 << 32),
     }
 )
@@ -43,15 +46,22 @@ def test_what_a_pass_holds_fits_the_plan_and_the_plan_the_limit(problem: dict[st
         return
     width = plan.units_per_block * problem["rows"]
     slots = plan.slots * problem["n_snapshots"] * (width + SLOT_PADDING) * problem["itemsize"]
-    outputs = width * (2 + 4 * 4)
+    outputs = problem["fits"] * width * (2 + 4 * 4)
     written = problem["rows"] * (2 + 3 * 4)
-    assert slots + outputs + written + problem["fixed_bytes"] <= plan.needed_bytes <= limit
+    lanes = problem["lanes"] * (slots + outputs + problem["lane_bytes"])
+    assert lanes + written + problem["fixed_bytes"] <= plan.needed_bytes <= limit
     assert plan.slots >= 2, "one slot is computed on while another fills"
     assert plan.units_per_block >= 1
 
 
 @given(PROBLEMS, LIMITS, LIMITS)
-@example({"n_units": 9, "rows": 256, "n_snapshots": 9, "itemsize": 4, "fixed_bytes": 0}, 1 << 25, 1 << 26)
+@example(
+    {
+        "n_units": 9, "rows": 256, "n_snapshots": 9, "itemsize": 4,
+        "fits": 1, "lanes": 1, "lane_bytes": 0, "fixed_bytes": 0,
+    },
+    1 << 25, 1 << 26,
+)  # fmt: skip
 def test_a_larger_limit_never_gives_smaller_blocks(problem: dict[str, Any], one: int, other: int) -> None:
     small, large = sorted((one, other))
     less, more = size_of(plan_of(problem, small)), size_of(plan_of(problem, large))
@@ -98,10 +108,11 @@ def test_blocks_stop_growing_where_it_stops_paying(problem: dict[str, Any]) -> N
     threads=st.integers(1, 64),
     fixed=st.integers(0, 1 << 30),
     own=st.integers(0, 1 << 26),
+    fits=st.integers(1, 20),
     limit=LIMITS,
 )
 def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_one_needs(
-    rows: int, threads: int, fixed: int, own: int, limit: int
+    rows: int, threads: int, fixed: int, own: int, fits: int, limit: int
 ) -> None:
     def plan(threads: int, limit: int) -> Plan:
         return plan_direct(
@@ -109,6 +120,7 @@ def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_o
             rows=rows,
             itemsize=4,
             threads=threads,
+            fits=fits,
             fixed_bytes=fixed,
             thread_bytes=own,
             limit_bytes=limit,
@@ -120,6 +132,6 @@ def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_o
         assert plan(threads, error.needed_bytes).threads == 1 and error.needed_bytes > limit
         return
     assert 1 <= found.threads <= threads and found.slots == 0
-    assert fixed + found.threads * (own + rows * (4 + 18)) < found.needed_bytes <= limit
+    assert fixed + found.threads * (own + rows * (4 + fits * 18)) < found.needed_bytes <= limit
     if found.threads < threads:
         assert plan(found.threads + 1, 1 << 60).needed_bytes > limit

@@ -11,6 +11,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -73,21 +74,23 @@ _own = threading.local()
 def fit_files(
     implementation: str,
     dtype: str,
-    references: References,
+    sets: Sequence[References],
     directory: str,
     names: Sequence[str],
     n_bytes: int,
     kept: Sequence[bytes],
     rows: int,
     coming: Sequence[str] | None = None,
-) -> RowFit | None:
+) -> list[RowFit] | None:
     """Fit the first ``rows`` rows of files that hold one snapshot each, in this thread.
 
-    Every file holds ``n_bytes`` of elements and their CRC-32C, which must be the ``kept`` one. None when a
-    file is not what it must be. ``coming`` are files that will be asked for next: a cold disk is told ahead.
+    One fit for every set of references, of which there is at least one, each with the bits that it has alone;
+    they share the tensor ``ss``. Every file holds ``n_bytes`` of elements and their CRC-32C, which must be
+    the ``kept`` one. None when a file is not what it must be. ``coming`` are files that will be asked for
+    next: a cold disk is told ahead.
     """
     path = _path(implementation)
-    assert path is not None and len(names) == len(kept) == references.snapshots
+    assert path is not None and {len(kept), *(references.snapshots for references in sets)} == {len(names)}
     itemsize = 4 if dtype == "float32" else 2
     step = piece_rows(len(names), itemsize)
     stride = step * itemsize + PADDING
@@ -95,8 +98,9 @@ def fit_files(
     if getattr(_own, "size", 0) != size:
         _own.buffer, _own.size = np.empty(size, dtype=np.uint8), size
     place = library.aligned(_own.buffer.ctypes.data)
-    fit = RowFit.empty(rows, torch.device("cpu"), margin=False)
-    call = native_impl.Call(path, references, fit, dtype)
+    ss = torch.empty(rows)
+    fits = [replace(RowFit.empty(rows, torch.device("cpu"), margin=False), ss=ss) for _ in sets]
+    call = native_impl.Call(path, sets, fits, dtype)
     crcs = np.frombuffer(b"".join(kept), dtype="<u4")
     small = np.zeros((2, len(names)), dtype=np.int32)
     pieces = _Pieces(
@@ -117,4 +121,4 @@ def fit_files(
     compiled = library.load(path)
     compiled.cmdgpu_fit_files.restype = ctypes.c_int64
     right = compiled.cmdgpu_fit_files(ctypes.byref(call.arguments), ctypes.byref(pieces))
-    return fit if right else None
+    return fits if right else None

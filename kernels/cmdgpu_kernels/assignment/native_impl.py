@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,6 +40,23 @@ def refusals(path: str, problem: Problem) -> tuple[str, ...]:
     return reasons
 
 
+class _Set(ctypes.Structure):
+    """``Set`` of native.cpp, field by field."""
+
+    _fields_ = (
+        ("product", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("rnorm_inv", ctypes.c_void_p),
+        ("references", ctypes.c_int64),
+        ("mode", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("correlation", ctypes.c_void_p),
+        ("margin", ctypes.c_void_p),
+    )
+
+
 class _Arguments(ctypes.Structure):
     """``Arguments`` of native.cpp, field by field."""
 
@@ -48,19 +66,14 @@ class _Arguments(ctypes.Structure):
         ("stride_n", ctypes.c_int64),
         ("snapshots", ctypes.c_int64),
         ("rows", ctypes.c_int64),
+        ("first", ctypes.c_int64),
         ("z", ctypes.c_void_p),
         ("tail", ctypes.c_void_p),
-        ("index", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("rnorm_inv", ctypes.c_void_p),
         ("groups", ctypes.c_int64),
         ("width", ctypes.c_int64),
-        ("mode", ctypes.c_void_p),
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("correlation", ctypes.c_void_p),
+        ("sets", ctypes.POINTER(_Set)),
+        ("fits", ctypes.c_int64),
         ("ss", ctypes.c_void_p),
-        ("margin", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
         ("dtype", ctypes.c_int64),
     )
@@ -70,7 +83,7 @@ def _library(path: str) -> Any:
     """The library, its functions declared."""
     found = library.load(path)
     found.cmdgpu_scratch_bytes.restype = ctypes.c_int64
-    found.cmdgpu_scratch_bytes.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    found.cmdgpu_scratch_bytes.argtypes = (ctypes.c_int64,)
     found.cmdgpu_assign_and_fit.restype = None
     found.cmdgpu_assign_and_fit.argtypes = (ctypes.POINTER(_Arguments), ctypes.c_int64, ctypes.c_int64)
     return found
@@ -79,7 +92,7 @@ def _library(path: str) -> Any:
 def workspace_bytes(path: str, problem: Problem, threads: int) -> int:
     """Memory of a pass beside W and the outputs: a buffer for each thread, and the packed references."""
     groups, width = _groups(problem.modes)
-    scratch = int(_library(path).cmdgpu_scratch_bytes(problem.snapshots, groups * width))
+    scratch = int(_library(path).cmdgpu_scratch_bytes(groups * width))
     return threads * (scratch + library.LINE + 64 * 1024) + 8 * (problem.snapshots + 8) * (groups * width + 1)
 
 
@@ -92,7 +105,7 @@ def run(
     compiled = _library(path)
 
     def work(starts: Iterable[int]) -> None:
-        call = Call(path, references, fit, str(W_tb.dtype).removeprefix("torch."))
+        call = Call(path, [references], [fit], str(W_tb.dtype).removeprefix("torch."))
         call.arguments.W = W_tb.data_ptr()
         call.arguments.stride_t, call.arguments.stride_n = W_tb.stride()
         for start in starts:
@@ -103,45 +116,71 @@ def run(
 
 
 class Call:
-    """The arguments of one thread's calls, and what must stay alive while they run. W is still to be set."""
+    """The arguments of one thread's calls, and what must stay alive while they run. W is still to be set.
 
-    def __init__(self, path: str, references: References, fit: RowFit, dtype: str) -> None:
-        self._packed = packed = _packed(references)
-        self._fit = fit
-        n_bytes = int(_library(path).cmdgpu_scratch_bytes(references.snapshots, packed.groups * packed.width))
+    A fit of the same rows for every set of references; ``ss`` is the same for all, in one tensor.
+    """
+
+    def __init__(self, path: str, sets: Sequence[References], fits: Sequence[RowFit], dtype: str) -> None:
+        assert all(fit.ss is fits[0].ss for fit in fits)
+        self._packed = packed = _packed(tuple(sets))
+        self._fits = fits
+        n_bytes = int(_library(path).cmdgpu_scratch_bytes(packed.groups * packed.width))
         self._scratch = np.empty(n_bytes + library.LINE, dtype=np.uint8)
+        self._sets = (_Set * len(fits))(*map(_set, packed.sets, fits))
         self.arguments = _Arguments(
-            snapshots=references.snapshots,
-            rows=len(fit.mode),
+            snapshots=sets[0].snapshots,
+            rows=len(fits[0].mode),
             z=packed.z.ctypes.data,
             tail=packed.tail.ctypes.data,
-            index=packed.index_m.ctypes.data,
-            mean=packed.mean_m.ctypes.data,
-            rnorm_inv=packed.rnorm_inv_m.ctypes.data,
             groups=packed.groups,
             width=packed.width,
-            mode=fit.mode.data_ptr(),
-            a=fit.a.data_ptr(),
-            b=fit.b.data_ptr(),
-            correlation=fit.correlation.data_ptr(),
-            ss=fit.ss.data_ptr(),
-            margin=None if fit.margin is None else fit.margin.data_ptr(),
+            sets=self._sets,
+            fits=len(fits),
+            ss=fits[0].ss.data_ptr(),
             scratch=library.aligned(self._scratch.ctypes.data),
             dtype=DTYPES[dtype],
         )
 
 
+def _set(found: _Lookup, fit: RowFit) -> _Set:
+    return _Set(
+        product=found.product_m.ctypes.data,
+        index=found.index_m.ctypes.data,
+        mean=found.mean_m.ctypes.data,
+        rnorm_inv=found.rnorm_inv_m.ctypes.data,
+        references=len(found.product_m),
+        mode=fit.mode.data_ptr(),
+        a=fit.a.data_ptr(),
+        b=fit.b.data_ptr(),
+        correlation=fit.correlation.data_ptr(),
+        margin=None if fit.margin is None else fit.margin.data_ptr(),
+    )
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Where a set's distinct references are multiplied, and what its winners are looked up in."""
+
+    product_m: NDArray[np.int32]
+    index_m: NDArray[np.int32]
+    mean_m: NDArray[np.float32]
+    rnorm_inv_m: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class _Packed:
-    """The distinct references in groups of equal width, and what their winner is looked up in."""
+    """The distinct references of all sets in groups of equal width.
+
+    What several sets have in common is there once: sets of one sample share every cluster that the smaller
+    number of modes does not merge.
+    """
 
     z: NDArray[np.float32]
     """(groups, T, width), padded with references of 0."""
     tail: NDArray[np.float32]
     """(groups, partials, width)."""
-    index_m: NDArray[np.int32]
-    mean_m: NDArray[np.float32]
-    rnorm_inv_m: NDArray[np.float32]
+    sets: list[_Lookup]
     groups: int
     width: int
 
@@ -152,27 +191,56 @@ def _groups(modes: int) -> tuple[int, int]:
     return groups, -(-modes // max(groups, 1))
 
 
-def _packed(references: References) -> _Packed:
+_packing = threading.Lock()
+"""Held while references are packed: the threads of a pass ask all at once, and memory is planned for one."""
+
+
+def _packed(sets: tuple[References, ...]) -> _Packed:
+    """Packed once and kept with the first set, until that is asked for in other company."""
+    kept = sets[0].cached("native", dict[tuple[References, ...], _Packed])
+    others = sets[1:]
+    with _packing:
+        if others not in kept:
+            kept.clear()
+            kept[others] = _pack(sets)
+        return kept[others]
+
+
+def _pack(sets: tuple[References, ...]) -> _Packed:
+    places: dict[tuple[bytes, bytes], int] = {}
+    z_mt: list[NDArray[np.float32]] = []
+    tail_mc: list[NDArray[np.float32]] = []
+    lookups: list[_Lookup] = []
+    for one in sets:
+        product: list[int] = []
+        for m in one.distinct.tolist():
+            place = places.setdefault((one.z_mt[m].tobytes(), one.tail_mc[m].tobytes()), len(places))
+            if place == len(z_mt):
+                z_mt.append(one.z_mt[m])
+                tail_mc.append(one.tail_mc[m])
+            product.append(place)
+        lookups.append(_lookup(one, product))
+    groups, width = _groups(len(z_mt))
+
+    def grouped(rows: list[NDArray[np.float32]], columns: int) -> NDArray[np.float32]:
+        packed = np.zeros((groups, columns, width), np.float32)
+        for m, row in enumerate(rows):
+            packed[m // width, :, m % width] = row
+        return packed
+
+    z, tail = grouped(z_mt, sets[0].snapshots), grouped(tail_mc, sets[0].tail_mc.shape[1])
+    return _Packed(z, tail, lookups, groups, width)
+
+
+def _lookup(references: References, product: list[int]) -> _Lookup:
     which = references.distinct
-    groups, width = _groups(len(which))
-
-    def grouped(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        padded = np.pad(rows[which], ((0, groups * width - len(which)), (0, 0)))
-        return np.ascontiguousarray(padded.reshape(groups, width, rows.shape[1]).swapaxes(1, 2))
-
-    def build() -> _Packed:
-        if len(which) == 0:
-            # No reference acts like one that nothing correlates with, and that is nobody's mode.
-            nothing, zero = np.zeros((0, 0, 0), np.float32), np.zeros(1, np.float32)
-            return _Packed(nothing, nothing, np.array([CONSTANT], np.int32), zero, zero, 0, 0)
-        return _Packed(
-            grouped(references.z_mt),
-            grouped(references.tail_mc),
-            which.astype(np.int32),
-            references.mean_m[which].astype(np.float32),
-            references.rnorm_inv_m[which].astype(np.float32),
-            groups,
-            width,
-        )
-
-    return references.cached("native", build)
+    if len(which) == 0:
+        # No reference acts like one that nothing correlates with, and that is nobody's mode.
+        nothing, zero = np.zeros(0, np.int32), np.zeros(1, np.float32)
+        return _Lookup(nothing, np.array([CONSTANT], np.int32), zero, zero)
+    return _Lookup(
+        np.array(product, np.int32),
+        which.astype(np.int32),
+        references.mean_m[which].astype(np.float32),
+        references.rnorm_inv_m[which].astype(np.float32),
+    )

@@ -8,7 +8,8 @@
 //
 // A tile is 64 rows. Its snapshots are packed behind the pivot of their partial into a buffer that stays in
 // the cache, the moments are taken on the way; then groups of up to 6 references sweep over the buffer with
-// all their sums in registers, and the winner so far is kept beside them:
+// all their sums in registers, and leave their products. A fit takes the winners among those of its own set of
+// references; all that comes before is done once, however many fits there are:
 //
 //     p_0   = w_0 + mean over 8 snapshots spread over T of (w - w_0)
 //     x     = w - p_c                       c counts partials of 64 snapshots
@@ -63,22 +64,31 @@ typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef float VectorAnywhere __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
-struct Arguments {  // assignment.native_impl, field by field
-    const void *W;
-    int64_t stride_t, stride_n;  // elements between snapshots, between rows
-    int64_t snapshots, rows;
-    const float *z;     // (groups, T, width)  distinct references, centred, unit norm, padded with 0
-    const float *tail;  // (groups, partials, width)  sums of z from each partial on
-    const int32_t *index;            // the caller's number of each distinct reference
-    const float *mean, *rnorm_inv;   // of the raw reference
-    int64_t groups, width;
+struct Set {  // assignment.native_impl, field by field: the references of one fit, and where it goes
+    const int32_t *product;         // of each distinct reference: its place among all that are multiplied
+    const int32_t *index;           // the caller's number of it
+    const float *mean, *rnorm_inv;  // of the raw reference
+    int64_t references;             // distinct ones; where there is none the others still hold one value
     int16_t *mode;
-    float *a, *b, *correlation, *ss, *margin;  // margin may be null
-    float *scratch;                            // cmdgpu_scratch_bytes, aligned to a cache line
-    int64_t dtype;                             // 0 float32, 1 float16, 2 bfloat16
+    float *a, *b, *correlation, *margin;  // margin may be null
+};
+
+struct Arguments {  // assignment.native_impl, field by field
+    const void *W;               // from row ``first`` on
+    int64_t stride_t, stride_n;  // elements between snapshots, between rows
+    int64_t snapshots, rows, first;
+    const float *z;     // (groups, T, width)  references of all sets, centred, unit norm, padded with 0
+    const float *tail;  // (groups, partials, width)  sums of z from each partial on
+    int64_t groups, width;
+    const Set *sets;
+    int64_t fits;
+    float *ss;       // the same for all of them
+    float *scratch;  // cmdgpu_scratch_bytes, aligned to a cache line
+    int64_t dtype;   // 0 float32, 1 float16, 2 bfloat16
 };
 
 inline Vector splat(float value) { return value - Vector{}; }
+inline Integers all(int32_t value) { return value - Integers{}; }
 inline Vector at(const float *place) { return *reinterpret_cast<const Vector *>(place); }
 inline void put(float *place, Vector value) { *reinterpret_cast<Vector *>(place) = value; }
 
@@ -121,8 +131,7 @@ float load_one(const typename Element::Stored *place) {
 struct alignas(LINE) Tile {
     float pivot[TILE], step[TILE];  // the pivot, and what it moved by before this partial
     float mean[TILE], ss[TILE];     // the mean is counted from the pivot
-    float best[TILE], second[TILE], d[TILE];
-    int32_t winner[TILE];
+    float centre[TILE], norm[TILE];
 };
 
 template <class Element>
@@ -240,45 +249,17 @@ void gather(const Rows<Element> &rows, int64_t first, int steps, float *x) {
 struct Span {  // snapshots [first, first + count) of a tile, packed
     const float *x;      // (count, TILE)
     const float *steps;  // (partials, TILE)  what the pivot moved by before each
-    int64_t first, count, snapshots;
-    bool opens() const { return first == 0; }
-    bool closes() const { return first + count == snapshots; }
+    int64_t first, count;
 };
 
-// Ascending and strictly greater: the lowest index wins a tie, and padding, d = 0, never does.
+// One group of references over a span; ``products`` (WIDTH, TILE) carries d from span to span.
 template <int WIDTH>
-inline void keep_best(const Vector (&d)[WIDTH][VECTORS], int i, int first, bool margin, Tile &tile) {
-    for (int v = 0; v < VECTORS; v++) {
-        int j = i + v * LANES;
-        Vector best = at(tile.best + j), second = at(tile.second + j), kept = at(tile.d + j);
-        Integers winner = *reinterpret_cast<Integers *>(tile.winner + j);
-        for (int m = 0; m < WIDTH; m++) {
-            Vector size = (Vector)((Integers)d[m][v] & 0x7FFFFFFF);
-            Integers better = size > best;
-            if (margin) {
-                Vector lower = better ? best : size;
-                second = lower > second ? lower : second;
-            }
-            best = better ? size : best;
-            kept = better ? d[m][v] : kept;
-            winner = better ? Integers{} + (first + m) : winner;
-        }
-        put(tile.best + j, best);
-        put(tile.second + j, second);
-        put(tile.d + j, kept);
-        *reinterpret_cast<Integers *>(tile.winner + j) = winner;
-    }
-}
-
-// One group of references over a span; ``totals`` (WIDTH, TILE) carries d from span to span.
-template <int WIDTH>
-void sweep(const Span &span, const float *z, const float *tail, int first, bool margin, float *totals,
-           Tile &tile) {
+void sweep(const Span &span, const float *z, const float *tail, float *products) {
     for (int i = 0; i < TILE; i += STRIP) {
         Vector d[WIDTH][VECTORS];
         for (int m = 0; m < WIDTH; m++)
             for (int v = 0; v < VECTORS; v++)
-                d[m][v] = span.opens() ? Vector{} : at(totals + m * TILE + i + v * LANES);
+                d[m][v] = span.first == 0 ? Vector{} : at(products + m * TILE + i + v * LANES);
         const float *x = span.x + i, *z_t = z;
         for (int64_t seen = 0, c = 0; seen < span.count; seen += PARTIAL, c++) {
             int64_t stop = seen + PARTIAL < span.count ? seen + PARTIAL : span.count;
@@ -294,67 +275,109 @@ void sweep(const Span &span, const float *z, const float *tail, int first, bool 
                 for (int v = 0; v < VECTORS; v++)
                     d[m][v] += sum[m][v] + at(step + v * LANES) * splat(tail[c * WIDTH + m]);
         }
-        if (span.closes()) keep_best<WIDTH>(d, i, first, margin, tile);
-        else
-            for (int m = 0; m < WIDTH; m++)
-                for (int v = 0; v < VECTORS; v++) put(totals + m * TILE + i + v * LANES, d[m][v]);
+        for (int m = 0; m < WIDTH; m++)
+            for (int v = 0; v < VECTORS; v++) put(products + m * TILE + i + v * LANES, d[m][v]);
     }
 }
 
-typedef void (*Sweep)(const Span &, const float *, const float *, int, bool, float *, Tile &);
+typedef void (*Sweep)(const Span &, const float *, const float *, float *);
 constexpr Sweep SWEEPS[] = {nullptr, sweep<1>, sweep<2>, sweep<3>, sweep<4>, sweep<5>, sweep<6>};
 
-// ---- closing the fit ------------------------------------------------------------------------------------
+// ---- closing the fits -----------------------------------------------------------------------------------
 
-// In loops over all rows of the tile that a compiler turns into vectors; only the live ones are copied out.
-void store(const Arguments &arg, const Tile &tile, int64_t start, int64_t live) {
-    alignas(LINE) float slope[TILE], level[TILE], offset[TILE], correlation[TILE], ss[TILE], margin[TILE];
-    alignas(LINE) int32_t index[TILE];
-    alignas(LINE) int16_t mode[TILE];
-    const bool two = arg.snapshots == 2;
-    const float nan = __builtin_nanf("");
+// What every fit needs of a row: its mean, its norm, and an ss that is 0 when it never moves and NaN when it is
+// not finite.
+void settle(Tile &tile) {
     for (int i = 0; i < TILE; i++) {
-        slope[i] = arg.rnorm_inv[tile.winner[i]];
-        level[i] = arg.mean[tile.winner[i]];
-        index[i] = arg.index[tile.winner[i]];
-    }
-    for (int i = 0; i < TILE; i++) {
-        const float d = tile.d[i], s = tile.ss[i];
+        const float s = tile.ss[i];
         // NaN compares false, so a row that is not finite is neither within the limit nor moving.
         const bool finite = s <= LARGEST_SS, moving = finite & (s >= SMALLEST_SS);
-        const float norm = __builtin_sqrtf(moving ? s : 1.0f);
-        float c = d / norm;
-        c = c > 1.0f ? 1.0f : c;
-        c = c < -1.0f ? -1.0f : c;
-        // Two snapshots correlate perfectly with anything that moves; rounding has no say.
-        const float sign = d < 0.0f ? -1.0f : d > 0.0f ? 1.0f : 0.0f;
-        c = two ? sign : c;
-        const float a = moving ? d * slope[i] : 0.0f;
-        const float b = tile.pivot[i] + tile.mean[i] - a * level[i];
-        slope[i] = a;
-        offset[i] = finite ? b : nan;
-        correlation[i] = moving ? c : 0.0f;
-        margin[i] = moving ? (tile.best[i] - tile.second[i]) / norm : 0.0f;
         const float kept = moving ? s : 0.0f;
-        ss[i] = finite ? kept : nan;
-        const int32_t found = moving ? index[i] : CONSTANT;
-        index[i] = finite ? found : NOT_FINITE;
+        tile.norm[i] = __builtin_sqrtf(moving ? s : 1.0f);
+        tile.centre[i] = tile.pivot[i] + tile.mean[i];
+        tile.ss[i] = finite ? kept : __builtin_nanf("");
+    }
+}
+
+struct Winner {  // of as many rows as a vector has, and what its set says about it
+    Vector size{}, second{}, d{}, mean, rnorm_inv;
+    Integers index;
+};
+
+// Ascending and strictly greater: the lowest index wins a tie, and d = 0 never does.
+inline void choose(const Set &set, const float *products, Winner (&winners)[VECTORS]) {
+    for (Winner &best : winners)
+        best.mean = splat(set.mean[0]), best.rnorm_inv = splat(set.rnorm_inv[0]), best.index = all(set.index[0]);
+    for (int64_t m = 0; m < set.references; m++) {
+        const float *product = products + set.product[m] * int64_t(TILE);
+        for (int v = 0; v < VECTORS; v++) {
+            Winner &best = winners[v];
+            const Vector d = at(product + v * LANES), size = (Vector)((Integers)d & 0x7FFFFFFF);
+            const Integers better = size > best.size;
+            if (set.margin) {
+                const Vector lower = better ? best.size : size;
+                best.second = lower > best.second ? lower : best.second;
+            }
+            best.size = better ? size : best.size;
+            best.d = better ? d : best.d;
+            // A blend each: cheaper than to look up, lane by lane, what belongs to the winner.
+            best.mean = better ? splat(set.mean[m]) : best.mean;
+            best.rnorm_inv = better ? splat(set.rnorm_inv[m]) : best.rnorm_inv;
+            best.index = better ? all(set.index[m]) : best.index;
+        }
+    }
+}
+
+template <class Number>
+inline void copy(Number *to, const Number *from, int64_t live) {
+    if (live == TILE) std::memcpy(to, from, TILE * sizeof *from);  // of a size known here: no call
+    else std::memcpy(to, from, live * sizeof *from);
+}
+
+// All rows of the tile are computed; only the live ones are copied out.
+void close_fit(const Set &set, const float *products, const Tile &tile, bool two, int64_t start, int64_t live) {
+    alignas(LINE) float slope[TILE], offset[TILE], correlation[TILE], margin[TILE];
+    alignas(LINE) int32_t index[TILE];
+    alignas(LINE) int16_t mode[TILE];
+    const Vector none{}, one = splat(1.0f);
+    for (int i = 0; i < TILE; i += STRIP) {
+        Winner winners[VECTORS];
+        choose(set, products + i, winners);
+        for (int v = 0; v < VECTORS; v++) {
+            const int j = i + v * LANES;
+            const Winner &best = winners[v];
+            const Vector ss = at(tile.ss + j), norm = at(tile.norm + j);
+            const Integers finite = ss == ss, moving = ss > none;
+            Vector c = best.d / norm;
+            c = c > one ? one : c;
+            c = c < -one ? -one : c;
+            // Two snapshots correlate perfectly with anything that moves; rounding has no say.
+            if (two) c = best.d < none ? -one : best.d > none ? one : none;
+            const Vector a = moving ? best.d * best.rnorm_inv : none;
+            const Vector b = at(tile.centre + j) - a * best.mean;
+            put(slope + j, a);
+            put(offset + j, finite ? b : splat(__builtin_nanf("")));
+            put(correlation + j, moving ? c : none);
+            if (set.margin) put(margin + j, moving ? (best.size - best.second) / norm : none);
+            const Integers found = moving ? best.index : all(CONSTANT);
+            *reinterpret_cast<Integers *>(index + j) = finite ? found : all(NOT_FINITE);
+        }
     }
     for (int i = 0; i < TILE; i++) mode[i] = int16_t(index[i]);
-    std::memcpy(arg.mode + start, mode, live * sizeof *mode);
-    std::memcpy(arg.a + start, slope, live * sizeof *slope);
-    std::memcpy(arg.b + start, offset, live * sizeof *offset);
-    std::memcpy(arg.correlation + start, correlation, live * sizeof *correlation);
-    std::memcpy(arg.ss + start, ss, live * sizeof *ss);
-    if (arg.margin) std::memcpy(arg.margin + start, margin, live * sizeof *margin);
+    copy(set.mode + start, mode, live);
+    copy(set.a + start, slope, live);
+    copy(set.b + start, offset, live);
+    copy(set.correlation + start, correlation, live);
+    if (set.margin) copy(set.margin + start, margin, live);
 }
 
 template <class Element>
 void fit_tile(const Arguments &arg, int64_t start) {
     typedef typename Element::Stored Stored;
     const int64_t left = arg.rows - start, live = left < TILE ? left : TILE;
-    const Rows<Element> rows{static_cast<const Stored *>(arg.W) + start * arg.stride_n, arg.stride_t, arg.stride_n, live};
-    float *x = arg.scratch, *steps = x + SPAN * TILE, *totals = steps + SPAN / PARTIAL * TILE;
+    const Stored *W = static_cast<const Stored *>(arg.W) + (start - arg.first) * arg.stride_n;
+    const Rows<Element> rows{W, arg.stride_t, arg.stride_n, live};
+    float *x = arg.scratch, *steps = x + SPAN * TILE, *products = steps + SPAN / PARTIAL * TILE;
     const int64_t partials = (arg.snapshots + PARTIAL - 1) / PARTIAL;
     const bool more = rows.time_major() && left >= 2 * TILE;
     const Ahead next{reinterpret_cast<const char *>(rows.place(0, TILE)), arg.stride_t * int64_t(sizeof(Stored)),
@@ -377,13 +400,16 @@ void fit_tile(const Arguments &arg, int64_t start) {
                 add_partial(load, here, first + seen, many, next, tile);
             }
         }
-        const Span span{x, steps, first, count, arg.snapshots};
+        const Span span{x, steps, first, count};
         for (int64_t group = 0; group < arg.groups; group++)
             SWEEPS[arg.width](span, arg.z + (group * arg.snapshots + first) * arg.width,
                               arg.tail + (group * partials + first / PARTIAL) * arg.width,
-                              int(group * arg.width), arg.margin != nullptr, totals + group * arg.width * TILE, tile);
+                              products + group * arg.width * TILE);
     }
-    store(arg, tile, start, live);
+    settle(tile);
+    copy(arg.ss + start, tile.ss, live);
+    for (int64_t i = 0; i < arg.fits; i++)
+        close_fit(arg.sets[i], products, tile, arg.snapshots == 2, start, live);
 }
 
 template <class Element>
@@ -598,9 +624,9 @@ bool fit_pieces(const Arguments &arg, const Pieces &pieces) {
         part.W = pieces.buffer;
         part.stride_t = pieces.stride / SIZE;
         part.stride_n = 1;
-        part.rows = live;
-        part.mode += first, part.a += first, part.b += first, part.correlation += first, part.ss += first;
-        fit<Element>(part, 0, live);
+        part.rows = first + live;
+        part.first = first;
+        fit<Element>(part, first, first + live);
     }
     for (int64_t t = 0; t < arg.snapshots; t++) {
         uint32_t carried;
@@ -648,9 +674,8 @@ extern "C" {
 const char *cmdgpu_source() { return CMDGPU_SOURCE; }
 
 // What one thread needs beside W and the outputs; ``references`` counts the padding of the groups, too.
-int64_t cmdgpu_scratch_bytes(int64_t snapshots, int64_t references) {
-    const int64_t totals = snapshots > SPAN ? references * TILE : 0;
-    return int64_t(sizeof(float)) * (SPAN * TILE + SPAN / PARTIAL * TILE + totals);
+int64_t cmdgpu_scratch_bytes(int64_t references) {
+    return int64_t(sizeof(float)) * TILE * (SPAN + SPAN / PARTIAL + references);
 }
 
 // Fit the rows [start, stop); start is a multiple of the tile.
