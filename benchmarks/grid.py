@@ -66,11 +66,10 @@ def measure(folder: Path, rows: int, snapshots: int, runs: int, rows_per_chunk: 
     everything = [*files, *(store / "sketch").glob("c.*")]
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in GRIDS}
     plain: list[float] = []
-    for _ in range(runs):
+    for _ in range(runs):  # results stay: a filesystem that has just deleted files is slow to make others
         for name, (modes, seeds) in GRIDS.items():
             drop_from_cache(everything)
-            told[name].append(run_alone(store, folder / "fits", modes, seeds))
-            shutil.rmtree(folder / "fits")
+            told[name].append(run_alone(store, folder / f"fits-{modes}-{len(plain)}", modes, seeds))
         drop_from_cache(everything)
         started = time.perf_counter()
         read_files(files, READS_IN_FLIGHT, crc=False)
@@ -105,24 +104,28 @@ def measure(folder: Path, rows: int, snapshots: int, runs: int, rows_per_chunk: 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--gb", type=float, default=4.0, help="size of the store")
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the store of 100 snapshots")
+    parser.add_argument("--snapshots", type=int, nargs="+", default=[100, 200], help="T, of as many rows")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--in", dest="folder", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--out", type=Path, help="by default results/<machine>/grid.json")
     options = parser.parse_args(arguments)
-    rows, snapshots, runs, chunk = int(options.gb * 1e9 / (4 * SNAPSHOTS)), SNAPSHOTS, options.runs, None
+    rows, chunk, runs = int(options.gb * 1e9 / (4 * SNAPSHOTS)), None, int(options.runs)
+    lengths: list[int] = options.snapshots
     if options.tiny:
-        rows, snapshots, runs, chunk = 2048, 12, 1, 512
+        rows, chunk, runs, lengths = 2048, 512, 1, [12]
     found = machine()
     place: Path | None = options.folder
-    folder = Path(tempfile.mkdtemp(dir=place))
-    try:
-        records = measure(folder, rows, snapshots, runs, chunk)
-    finally:
-        shutil.rmtree(folder)
-    for record in records:
-        times = "" if record.times_one is None else f"{record.times_one:5.2f} x one fit"
-        print(f"{record.provider:32}{record.seconds:8.2f} s  {times}  {record.device_read_bytes}")
+    records: list[Record] = []
+    for snapshots in lengths:
+        folder = Path(tempfile.mkdtemp(dir=place))
+        try:
+            records += measure(folder, rows, snapshots, runs, chunk)
+        finally:
+            shutil.rmtree(folder)
+        for record in records[-1 - len(GRIDS) :]:
+            times = "" if record.times_one is None else f"{record.times_one:5.2f} x one fit"
+            print(f"{record.case}  {record.provider:32}{record.seconds:8.2f} s  {times}", flush=True)
     out: Path = options.out or results_file("grid", found)
     write_results(out, found, records=[record.to_json() for record in records])
     return out

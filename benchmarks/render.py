@@ -183,6 +183,7 @@ def grid(results: Results) -> list[str]:
     """One fit, twelve in one pass, and the same bytes by plain files."""
     rows = [
         [
+            r["case"],
             r["provider"],
             f"{r['seconds']:.1f} s",
             "-" if r["times_one"] is None else f"{r['times_one']:.2f}",
@@ -192,8 +193,7 @@ def grid(results: Results) -> list[str]:
         ]
         for r in results["records"]
     ]
-    case = str(results["records"][0]["case"])
-    return table([case, "wall", "of one fit", "store", "read from the device", "results"], rows)
+    return table(["case", "what", "wall", "of one fit", "store", "read from the device", "results"], rows)
 
 
 def scale(results: Results) -> list[str]:

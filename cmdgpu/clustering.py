@@ -120,42 +120,68 @@ def cluster_sample(
     largest sum of |corr| inside the mode (Algorithm 1, line 4), ties by the earlier row. Fewer distinct
     profiles than ``n_modes`` give fewer modes and a warning; no moving row gives M = 0 and a warning.
     """
-    check_stopping_rule(n_modes, threshold)
+    return grow_tree(sample_kt, affinity).cut(n_modes=n_modes, threshold=threshold)
+
+
+def grow_tree(sample_kt: F64, affinity: str) -> Tree:
+    """The linkage of the (K, T) sampled rows: what clusterings of any number of modes have in common."""
     distance_of = AFFINITIES[affinity]
     _, why = moving_rows(sample_kt)
     moving = np.flatnonzero(why == 0)
-    labels = why.copy()
-    if not len(moving):
-        warnings.warn(
-            f"none of the {len(why)} sampled rows moves: no modes, every row is its own mean",
-            CmdgpuWarning,
-            stacklevel=2,
-        )
-        return Clustering(labels, np.empty(0, np.int64), np.empty((0, 4)))
-    corr = absolute_correlation(sample_kt[moving])
-    tree: F64 = np.empty((0, 4))
-    clusters = np.ones(len(moving), dtype=np.int64)
+    corr: F64 = np.empty((0, 0))
+    linkage: F64 = np.empty((0, 4))
+    if len(moving):
+        corr = absolute_correlation(sample_kt[moving])
     if len(moving) > 1:
         distance = distance_of(corr)
         distance[distance < _SAME] = 0.0
         np.fill_diagonal(distance, 0.0)
-        tree = np.asarray(_HIERARCHY.linkage(squareform(distance, checks=False), method="complete"))
-        rule, cut = ("maxclust", n_modes) if threshold is None else ("distance", threshold)
-        clusters = np.asarray(_HIERARCHY.fcluster(tree, cut, criterion=rule), dtype=np.int64)
-    modes = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
-    references = [int(members[_central(corr, members)]) for members in modes]
-    order = sorted(range(len(modes)), key=lambda m: (-len(modes[m]), references[m]))
-    if len(order) > MAX_MODES:
-        raise UsageError(f"a threshold of {threshold} leaves {len(order)} modes", hint="raise it")
-    for number, m in enumerate(order):
-        labels[moving[modes[m]]] = number
-    if threshold is None and n_modes is not None and len(order) < n_modes:
-        warnings.warn(
-            f"the sample has {len(order)} distinct profiles, fewer than the {n_modes} modes asked for",
-            CmdgpuWarning,
-            stacklevel=2,
-        )
-    return Clustering(labels, moving[[references[m] for m in order]], tree)
+        linkage = np.asarray(_HIERARCHY.linkage(squareform(distance, checks=False), method="complete"))
+    return Tree(why, moving, corr, linkage)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A sample's linkage, to be cut as often as one likes."""
+
+    why: I16
+    """(K,) 0 for a row that moves, else -1 constant, -2 non-finite."""
+    moving: I64
+    """(K',) positions of the rows that move."""
+    corr: F64
+    """(K', K') |corr| of them."""
+    linkage: F64
+    """(K' - 1, 4)"""
+
+    def cut(self, *, n_modes: int | None, threshold: float | None) -> Clustering:
+        """As ``cluster_sample`` cuts."""
+        check_stopping_rule(n_modes, threshold)
+        labels = self.why.copy()
+        if not len(self.moving):
+            warnings.warn(
+                f"none of the {len(labels)} sampled rows moves: no modes, every row is its own mean",
+                CmdgpuWarning,
+                stacklevel=2,
+            )
+            return Clustering(labels, np.empty(0, np.int64), self.linkage)
+        clusters = np.ones(len(self.moving), dtype=np.int64)
+        if len(self.moving) > 1:
+            rule, cut = ("maxclust", n_modes) if threshold is None else ("distance", threshold)
+            clusters = np.asarray(_HIERARCHY.fcluster(self.linkage, cut, criterion=rule), dtype=np.int64)
+        modes = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
+        references = [int(members[_central(self.corr, members)]) for members in modes]
+        order = sorted(range(len(modes)), key=lambda m: (-len(modes[m]), references[m]))
+        if len(order) > MAX_MODES:
+            raise UsageError(f"a threshold of {threshold} leaves {len(order)} modes", hint="raise it")
+        for number, m in enumerate(order):
+            labels[self.moving[modes[m]]] = number
+        if threshold is None and n_modes is not None and len(order) < n_modes:
+            warnings.warn(
+                f"the sample has {len(order)} distinct profiles, fewer than the {n_modes} modes asked for",
+                CmdgpuWarning,
+                stacklevel=2,
+            )
+        return Clustering(labels, self.moving[[references[m] for m in order]], self.linkage)
 
 
 def _central(corr: F64, members: I64) -> int:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
-from cmdgpu.clustering import AFFINITIES, check_stopping_rule, cluster_sample, clustering_bytes
+from cmdgpu.clustering import AFFINITIES, Tree, check_stopping_rule, clustering_bytes, grow_tree
 from cmdgpu.errors import CmdgpuWarning, MemoryLimitError, UsageError, WorkerLost
 from cmdgpu.memory import default_limit, show_bytes
-from cmdgpu.notation import MAX_MODES
+from cmdgpu.notation import F32, I64, MAX_MODES
 from cmdgpu.progress import Progress
 from cmdgpu.results import (
     Frame,
@@ -156,7 +156,7 @@ def _fit_here(
             limit,
             in_memory=in_memory,
         )
-    begun = [_begin(one, code_identity(devices), resume) for one in asked]
+    begun = _begin_all(asked, code_identity(devices), resume)
     writers = [each.writer for each in begun if each.writer is not None]
     figures: dict[str, Any] = {}
     if writers:
@@ -212,7 +212,7 @@ def _fit_by(
     for one in asked:
         if one.out is not None and not is_taken(one.out):
             _require_room_for_clustering(one, default_limit() if memory_limit is None else memory_limit)
-    begun = [_begin(one, code, resume) for one in asked]
+    begun = _begin_all(asked, code, resume)
     writers = [each.writer for each in begun if isinstance(each.writer, StoredWriter)]
     figures: dict[str, Any] = {}
     if writers:
@@ -339,11 +339,19 @@ _NOTHING_TO_DO: Final[Mapping[str, Any]] = {
 """The figures of a run that found its result complete."""
 
 
-def _begin(one: Asked, code: Mapping[str, Any], resume: bool) -> _Begun:
+def _begin_all(asked: Sequence[Asked], code: Mapping[str, Any], resume: bool) -> list[_Begun]:
+    """In the order asked; those of one sample are decided one after the other."""
+    sampler, begun = _Sampler(), dict[int, _Begun]()
+    for i in sorted(range(len(asked)), key=lambda i: _sample_key(asked[i])):
+        begun[i] = _begin(asked[i], code, resume, sampler)
+    return [begun[i] for i in range(len(asked))]
+
+
+def _begin(one: Asked, code: Mapping[str, Any], resume: bool, sampler: _Sampler) -> _Begun:
     stage_s: dict[str, float] = {}
 
     def decide() -> ModeSet:
-        return _sample_and_cluster(one, stage_s)
+        return sampler.decide(one, stage_s)
 
     config = one.settings.to_json()
     if one.buffers != "fit":
@@ -395,29 +403,55 @@ def _require_room_for_clustering(one: Asked, limit: int) -> None:
         )
 
 
-def _sample_and_cluster(one: Asked, stage_s: dict[str, float]) -> ModeSet:
-    """Algorithm 1, steps 2 to 4."""
-    settings, started = one.settings, time.perf_counter()
-    sample = draw_sample(one.traj.parameters, settings.n_samples, settings.sampling, settings.random_state)
-    if isinstance(one.traj.source, StoreSource) and (
-        words := announcement(sample, one.traj.source.view, len(one.traj.columns))
-    ):
-        warnings.warn(words, CmdgpuWarning, stacklevel=4)
-    values = one.traj.read_rows(sample.rows).astype(np.float32)
-    stage_s["sample"] = time.perf_counter() - started
-    started = time.perf_counter()
-    clustering = cluster_sample(
-        values.astype(np.float64),
-        n_modes=settings.n_modes,
-        threshold=settings.threshold,
-        affinity=settings.affinity,
-    )
-    stage_s["cluster"] = time.perf_counter() - started
-    return ModeSet(
-        references=np.ascontiguousarray(values[clustering.references]),
-        reference_row=sample.rows[clustering.references],
-        sample_row=sample.rows,
-        sample_mode=clustering.labels,
-        sample=values,
-        linkage=np.ascontiguousarray(clustering.linkage),
-    )
+class _Sampler:
+    """Algorithm 1, steps 2 to 4. Fits that differ in M alone share a sample and its linkage.
+
+    The last one is kept: who asks for many asks for those of one sample one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._kept: tuple[I64, F32, Tree] | None = None
+
+    def decide(self, one: Asked, stage_s: dict[str, float]) -> ModeSet:
+        rows, values, tree = self._grown(one, stage_s)
+        started = time.perf_counter()
+        clustering = tree.cut(n_modes=one.settings.n_modes, threshold=one.settings.threshold)
+        stage_s["cluster"] += time.perf_counter() - started
+        return ModeSet(
+            references=np.ascontiguousarray(values[clustering.references]),
+            reference_row=rows[clustering.references],
+            sample_row=rows,
+            sample_mode=clustering.labels,
+            sample=values,
+            linkage=np.ascontiguousarray(clustering.linkage),
+        )
+
+    def _grown(self, one: Asked, stage_s: dict[str, float]) -> tuple[I64, F32, Tree]:
+        stage_s.update(sample=0.0, cluster=0.0)
+        key = _sample_key(one)
+        if self._kept is None or key != self._key:
+            self._kept = None  # before the next one takes its place
+            self._key, self._kept = key, self._grow(one, stage_s)
+        return self._kept
+
+    def _grow(self, one: Asked, stage_s: dict[str, float]) -> tuple[I64, F32, Tree]:
+        settings, traj = one.settings, one.traj
+        started = time.perf_counter()
+        sample = draw_sample(traj.parameters, settings.n_samples, settings.sampling, settings.random_state)
+        if isinstance(traj.source, StoreSource) and (
+            words := announcement(sample, traj.source.view, len(traj.columns))
+        ):
+            warnings.warn(words, CmdgpuWarning, stacklevel=6)
+        values = traj.read_rows(sample.rows).astype(np.float32)
+        stage_s["sample"] = time.perf_counter() - started
+        started = time.perf_counter()
+        tree = grow_tree(values.astype(np.float64), settings.affinity)
+        stage_s["cluster"] = time.perf_counter() - started
+        return sample.rows, values, tree
+
+
+def _sample_key(one: Asked) -> tuple[Any, ...]:
+    """What fits of one trajectory have in common that share a sample and its linkage."""
+    s = one.settings
+    return one.traj.params, s.n_samples, s.sampling, s.random_state, s.affinity

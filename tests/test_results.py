@@ -588,7 +588,7 @@ def test_references_of_an_unfinished_fit_are_taken_from_disk(
 
     out = folder / "new.zarr"
     stop_midway(folder / "s.zarr", out)
-    monkeypatch.setattr("cmdgpu.fitting.cluster_sample", never)
+    monkeypatch.setattr("cmdgpu.fitting.grow_tree", never)
     cmd = work().fit(Trajectory.open(folder / "s.zarr"), out=out)
     assert "cluster" not in cmd.metrics_["stage_s"]
     assert tree_bytes(out) == tree_bytes(folder / "out.zarr")

@@ -14,7 +14,16 @@ from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
 from cmdgpu.notation import AnyArray
 from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
 from cmdgpu.results.head import read_head
-from cmdgpu.results.ledger import DONE, SEGMENTS, Chunk, Ledger, n_begun, plan_digest, unit_documents
+from cmdgpu.results.ledger import (
+    DONE,
+    SEGMENTS,
+    UNIT_ARRAYS,
+    Chunk,
+    Ledger,
+    n_begun,
+    plan_digest,
+    unit_documents,
+)
 from cmdgpu.results.modes import mode_documents, read_modes
 from cmdgpu.results.opened import open_result, partial_path, partials_of, result_of
 from cmdgpu.statistics import Totals, UnitStatistics, summarise
@@ -177,12 +186,14 @@ class StoredWriter:
             file, values = self._ledger.file(chunk[0], unit, chunk[1]), values_of(*chunk)
             crc = crc32c(values)
             durable.write_file(file.parent, file.name, [durable.bytes_of(values), crc])
-            durable.flush_directory(file.parent)
             return crc
 
         try:
             with ThreadPoolExecutor(self.in_flight, thread_name_prefix="cmdgpu-result") as pool:
                 crcs = list(pool.map(put, self._ledger.chunks(unit)))
+            # after all renames: a journal takes them in one commit, which the first flush waits for
+            for name in UNIT_ARRAYS:
+                durable.flush_directory(self.partial / name)
             self._tick_off(unit, crcs)
         except WriteFailed as error:
             # swept up by who finished this fit: the unit was done already; any other failure is ours
