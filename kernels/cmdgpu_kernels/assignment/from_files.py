@@ -11,12 +11,11 @@ import ctypes
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-import torch
 
 from cmdgpu_kernels.assignment import native_impl
+from cmdgpu_kernels.assignment.recycled import outputs
 from cmdgpu_kernels.assignment.row_fit import RowFit
 from cmdgpu_kernels.dispatch import Problem
 from cmdgpu_kernels.native import files, library
@@ -98,8 +97,7 @@ def fit_files(
     if getattr(_own, "size", 0) != size:
         _own.buffer, _own.size = np.empty(size, dtype=np.uint8), size
     place = library.aligned(_own.buffer.ctypes.data)
-    ss = torch.empty(rows)
-    fits = [replace(RowFit.empty(rows, torch.device("cpu"), margin=False), ss=ss) for _ in sets]
+    fits = outputs(rows, len(sets))
     call = native_impl.Call(path, sets, fits, dtype)
     crcs = np.frombuffer(b"".join(kept), dtype="<u4")
     small = np.zeros((2, len(names)), dtype=np.int32)
