@@ -12,6 +12,7 @@ from typing import Any, Literal
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, MemoryLimitError, UsageError, printable
 from cmdgpu.progress import Progress
+from cmdgpu.store import format as fmt
 from cmdgpu.store.places import Named, Place, place_of
 from cmdgpu.trajectory import Trajectory
 
@@ -107,6 +108,12 @@ def fit_grid(
             )
             of_module = traj if module is None else traj.sel(params=[_pattern_of(module)])
             fits.append((GridFit(store, place / file, module, seed, cmd), of_module))
+        if not fits:
+            raise UsageError(
+                "no fit of it is asked for",
+                file=store,
+                hint="give a number of modes, a seed, and tensors that are parameters",
+            )
         grid.append(fits)
     options: dict[str, Any] = {
         "buffers": buffers, "executor": executor, "memory_limit": memory_limit,
@@ -143,17 +150,18 @@ def _together(fits: Sequence[tuple[GridFit, Trajectory]], options: dict[str, Any
 
 def _names(stores: Sequence[Named]) -> list[str]:
     """What the results of a store begin with: its name, behind its folder's where two have the same."""
-    places = [place_of(store) for store in stores]
+    places = [place_of(store).absolute() for store in stores]  # of "." too
     names = [place.name.removesuffix(".zarr") for place in places]
     return [
-        name if names.count(name) == 1 else f"{place.absolute().parent.name}-{name}"
+        name if names.count(name) == 1 else f"{place.parent.name}-{name}"
         for name, place in zip(names, places, strict=True)
     ]
 
 
 def _file_name(module: str) -> str:
-    """A component of a tensor's name is data from a file."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", module)[:80]
+    """A component of a tensor's name is data from a file: one that cannot stand for itself has its digest."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", module)[:80]
+    return plain if plain == module else f"{plain}-{fmt.sha256(module.encode())[:8]}"
 
 
 def _pattern_of(module: str) -> str:

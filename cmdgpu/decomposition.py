@@ -146,6 +146,8 @@ class CMD:
         ``trajs`` are that trajectory, or selections of its parameters, with the same snapshots; the device is
         that of the first. The rest is as in ``fit``, and so are the bits of every result.
         """
+        if not trajs:
+            raise UsageError("no fit is asked for", hint="give at least one")
         first = trajs[0]
         if any(t.source is not first.source or list(t.columns) != list(first.columns) for t in trajs):
             raise UsageError(
@@ -227,7 +229,7 @@ class CMD:
     @property
     def sample_(self) -> F32:
         """(K, T) their values."""
-        return self.result.modes.sample
+        return np.asarray(self.result.modes.sample)
 
     @property
     def linkage_(self) -> F64:

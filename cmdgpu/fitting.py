@@ -453,5 +453,5 @@ class _Sampler:
 
 def _sample_key(one: Asked) -> tuple[Any, ...]:
     """What fits of one trajectory have in common that share a sample and its linkage."""
-    s = one.settings
-    return one.traj.params, s.n_samples, s.sampling, s.random_state, s.affinity
+    s, tensors = one.settings, tuple(tensor.name for tensor in one.traj.parameters)
+    return tensors, s.n_samples, s.sampling, s.random_state, s.affinity

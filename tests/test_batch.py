@@ -116,9 +116,11 @@ def test_a_grid_goes_on_where_it_stopped_and_a_larger_one_adds_what_is_new(
 
 
 def test_a_limit_that_one_pass_exceeds_reads_the_store_again_and_says_so(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(MemoryLimitError) as one:
-        alone(runs / "a.zarr", tmp_path / "one.zarr", 4, 0, memory_limit="20MB")
-    limit = one.value.needed_bytes + 6_000
+    traj = Trajectory.open(runs / "a.zarr")
+    with pytest.raises(MemoryLimitError) as two:
+        cmds = [CMD(n_modes=4, n_samples=60, random_state=seed) for seed in (0, 1)]
+        CMD.fit_together(cmds, [traj] * 2, [tmp_path / "0", tmp_path / "1"], memory_limit="20MB")
+    limit = two.value.needed_bytes
     with pytest.warns(CmdgpuWarning, match=r"4 fits of .*a\.zarr at once: it is read again for every 2"):
         fits = fit_grid([runs / "a.zarr"], tmp_path / "small", memory_limit=limit, **GRID)
     assert not any(fit.error for fit in fits)
@@ -151,6 +153,48 @@ def test_one_fit_for_each_network_is_that_of_its_selection(runs: Path, tmp_path:
         assert np.array_equal(labels, np.asarray(own.labels_))
         assert np.count_nonzero(labels >= 0) == traj.parameters.n_live
         assert sorted(fit.cmd.state_dict(0)) == sorted(t.name for t in traj.parameters)
+
+
+def test_networks_whose_names_no_file_can_have_are_told_apart(tmp_path: Path) -> None:
+    names = ("netz ä", "netz ö", "a" * 90, "a" * 91)
+    layout = ParameterMap(whole([(f"{name}.weight", "parameter", "float32", (64,)) for name in names]))
+    write_store(tmp_path / "a.zarr", planted(256, T, 3), layout=layout)
+    fits = fit_grid([tmp_path / "a.zarr"], tmp_path / "fits", n_modes=(2,), n_samples=60, per_module=True)
+    assert [fit.module for fit in fits] == list(names) and not any(fit.error for fit in fits)
+    files = [fit.out.name for fit in fits]
+    assert len(set(files)) == 4 and all(file.isascii() and len(file) < 120 for file in files)
+    assert [fit.cmd.metrics_["n_rows"] for fit in fits] == [64] * 4
+
+
+def test_a_grid_of_no_fit_is_refused_and_a_store_is_named_by_its_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for nothing in ({"seeds": ()}, {"n_modes": ()}):
+        with pytest.raises(UsageError, match=r"a\.zarr: no fit of it is asked for"):
+            fit_grid([runs / "a.zarr"], tmp_path, **nothing)
+    layout = ParameterMap(whole([("norm.running_mean", "buffer", "float32", (256,))]))
+    write_store(tmp_path / "buffers.zarr", planted(256, T, 3), layout=layout)
+    with pytest.raises(UsageError, match="tensors that are parameters"):
+        fit_grid([tmp_path / "buffers.zarr"], tmp_path, per_module=True)
+    with pytest.raises(UsageError, match="no fit"):
+        CMD.fit_together([], [], [])
+    monkeypatch.chdir(runs / "a.zarr")
+    (fit,) = fit_grid(["."], tmp_path, n_modes=(2,), n_samples=60)
+    assert fit.out.name == "a.m2.s0.cmd.zarr"
+
+
+def test_fits_hold_no_sample_and_read_it_where_they_lie(runs: Path, tmp_path: Path) -> None:
+    fits = fit_grid([runs / "a.zarr"], tmp_path / "grid", **GRID)
+    for fit in fits:
+        assert not isinstance(fit.cmd.result.modes.sample, np.ndarray)
+        own = CMD(fit.cmd.n_modes, n_samples=60, random_state=fit.seed).fit(Trajectory.open(runs / "a.zarr"))
+        assert np.array_equal(fit.cmd.sample_, own.sample_) and fit.cmd.sample_.dtype == np.float32
+    out = tmp_path / "grid" / fits[0].out.name
+    flip_bit(out / "sample" / "c.0.0", 77)
+    with pytest.raises(StoreCorrupt, match=r"sample.*crc32c mismatch"):
+        _ = fits[0].cmd.sample_
+    with pytest.raises(StoreCorrupt, match=r"sample.*crc32c mismatch"):
+        CMD.load(out)
 
 
 def test_a_grid_that_names_a_result_twice_is_refused_before_anything_is_read(

@@ -34,8 +34,8 @@ class ModeSet:
     """(K,) ascending"""
     sample_mode: I16
     """(K,) mode of each, -1 constant, -2 non-finite"""
-    sample: F32
-    """(K, T)"""
+    sample: RowArray
+    """(K, T) float32: of a result on disk it is read when it is asked for"""
     linkage: F64
     """(K' - 1, 4)"""
 
@@ -171,7 +171,7 @@ class Result:
 
 
 class RowArray(Protocol):
-    """(N,) array-like: a NumPy array, or chunks on disk."""
+    """(N,), or (K, T), array-like: a NumPy array, or chunks on disk."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

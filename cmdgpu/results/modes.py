@@ -36,31 +36,72 @@ def mode_documents(modes: ModeSet) -> dict[str, fmt.Json]:
     return found
 
 
-def read_modes(path: Place, head: Mapping[str, Any], n_rows: int) -> ModeSet:
-    """The small arrays, each against its digest, all against each other. Raises StoreCorrupt."""
-    arrays: dict[str, AnyArray] = {}
+class StoredSample:
+    """(K, T) values of the sampled rows on disk: read, and checked, whenever they are asked for.
+
+    Nothing is rebuilt from them, and of many fits at once they would be most of the memory.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, directory: Place, shape: tuple[int, ...], digest: str) -> None:
+        self._directory = directory
+        self._digest = digest
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"StoredSample({list(self.shape)})"
+
+    def __getitem__(self, index: Any, /) -> Any:
+        return self.__array__()[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> AnyArray:
+        """Raises StoreCorrupt."""
+        if copy is False:
+            raise ValueError("rows on disk cannot be had without a copy")
+        values = _read_array(self._directory, self.shape, self.dtype, self._digest)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def read_modes(path: Place, head: Mapping[str, Any], n_rows: int, *, keeps_sample: bool = False) -> ModeSet:
+    """The small arrays, each against its digest, all against each other. Raises StoreCorrupt.
+
+    The sample is looked at like the others and let go of, unless it is to be kept.
+    """
+    arrays: dict[str, Any] = {}
     for name, (kind, dims) in MODE_ARRAYS.items():
         own_directory(path, name)
         document, _ = fmt.read_document(path / name / fmt.DOCUMENT, "array", "result-array")
         array = fmt.check_array(document, path / name / fmt.DOCUMENT, dims, 0)
         if array.zarr_type != kind or array.chunks != tuple(max(size, 1) for size in array.shape):
             raise StoreCorrupt(f"holds {array.zarr_type} in chunks {array.chunks}", file=path / name)
-        n_bytes = math.prod(array.shape) * np.dtype(kind).itemsize
-        file = path / name / fmt.chunk_name(*[0] * len(dims))
-        try:
-            if n_bytes:
-                stored_crc(file, n_bytes)  # memory only for what is there
-            values = np.empty(array.shape if n_bytes else _no_more(array.shape), dtype=np.dtype(kind))
-            if n_bytes:
-                read_chunk(file, values)
-        except ChunkDamage as damage:
-            raise StoreCorrupt(str(damage), file=file) from damage
-        if fmt.sha256(values.tobytes()) != head["digests"].get(name):
-            raise StoreCorrupt("does not hold the values of this fit", file=path / name)
-        arrays[name] = values
+        digest = head["digests"].get(name)
+        values = _read_array(path / name, array.shape, np.dtype(kind), digest)
+        is_kept = name != "sample" or keeps_sample
+        arrays[name] = values if is_kept else StoredSample(path / name, array.shape, digest)
     if problem := _disagreement(arrays, len(head["steps"]), n_rows):
         raise StoreCorrupt(problem, file=path)
     return ModeSet(**arrays)
+
+
+def _read_array(directory: Place, shape: tuple[int, ...], kind: np.dtype[Any], digest: str) -> AnyArray:
+    """A small array, which must be what its digest says."""
+    n_bytes = math.prod(shape) * kind.itemsize
+    file = directory / fmt.chunk_name(*[0] * len(shape))
+    try:
+        if n_bytes:
+            stored_crc(file, n_bytes)  # memory only for what is there
+        values = np.empty(shape if n_bytes else _no_more(shape), dtype=kind)
+        if n_bytes:
+            read_chunk(file, values)
+    except ChunkDamage as damage:
+        raise StoreCorrupt(str(damage), file=file) from damage
+    if fmt.sha256(values.tobytes()) != digest:
+        raise StoreCorrupt("does not hold the values of this fit", file=directory)
+    return values
 
 
 def _no_more(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -70,7 +111,7 @@ def _no_more(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _disagreement(arrays: Mapping[str, AnyArray], n_snapshots: int, n_rows: int) -> str | None:
+def _disagreement(arrays: Mapping[str, Any], n_snapshots: int, n_rows: int) -> str | None:
     n_modes, n_samples = len(arrays["reference_row"]), len(arrays["sample_row"])
     shapes = {
         "references": (n_modes, n_snapshots),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def _stored_bytes(ledger: Ledger, modes: ModeSet, head: Mapping[str, Any]) -> in
     """Of all files of a complete result: what was written has one size, and a server need not list."""
     documents = [*mode_documents(modes).values(), *unit_documents(ledger.frame, modes.n_modes).values()]
     documents.append({"zarr_format": 3, "node_type": "group", "attributes": {"cmdgpu": dict(head)}})
-    small = sum(array.nbytes + fmt.CRC_BYTES for array in vars(modes).values() if array.size)
+    sizes = [math.prod(array.shape) * array.dtype.itemsize for array in vars(modes).values()]
+    small = sum(size + fmt.CRC_BYTES for size in sizes if size)
     units = sum(map(ledger.unit_bytes, ledger.frame.live_units))
     return sum(len(fmt.spell(document)) for document in documents) + small + units
 

@@ -119,6 +119,8 @@ class RemoteWriter(StoredWriter):
     """Units into their place; ``finish`` says that they are all there."""
 
     in_flight = len(UNIT_ARRAYS)
+    keeps_sample = True
+    """It is put again at the end, should another one lie there by then."""
 
     def __init__(self, out: RemotePath, frame: Frame) -> None:
         super().__init__(out, out, frame)

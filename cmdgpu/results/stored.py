@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 
 from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
 from cmdgpu.notation import AnyArray
-from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows
+from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows, result_bytes
 from cmdgpu.results.head import read_head
 from cmdgpu.results.ledger import (
     DONE,
@@ -24,7 +25,7 @@ from cmdgpu.results.ledger import (
     plan_digest,
     unit_documents,
 )
-from cmdgpu.results.modes import mode_documents, read_modes
+from cmdgpu.results.modes import StoredSample, mode_documents, read_modes
 from cmdgpu.results.opened import open_result, partial_path, partials_of, result_of
 from cmdgpu.statistics import Totals, UnitStatistics, summarise
 from cmdgpu.store import durable
@@ -131,14 +132,19 @@ class StoredWriter:
     the others find their files gone and take its result for theirs.
     """
 
+    cached_below = 64 << 20
+    """Bytes of a result whose rows may stay in the page cache: a larger one would push the trajectory out."""
     in_flight = 3
     """Chunk files at once: an fsync waits for the device, not for a core."""
+    keeps_sample = False
+    """Whether the sample is held in memory: many fits share a pass, and only the references are for it."""
 
     def __init__(self, out: Place, partial: Place, frame: Frame | None = None) -> None:
         """``frame`` is the one that was begun here, and is read where it is not at hand."""
         document, head, said = read_head(partial)
         self.frame = frame = frame or said
-        self.modes = read_modes(partial, head, frame.n_rows)
+        self._is_small = result_bytes(frame.n_rows, 0, 0) < self.cached_below
+        self.modes = read_modes(partial, head, frame.n_rows, keeps_sample=self.keeps_sample)
         self.out = out
         self.partial = partial
         self._ledger = Ledger(partial, frame, self.modes.n_modes, head["fingerprint"], plan_digest(head))
@@ -185,7 +191,7 @@ class StoredWriter:
         def put(chunk: Chunk) -> bytes:
             file, values = self._ledger.file(chunk[0], unit, chunk[1]), values_of(*chunk)
             crc = crc32c(values)
-            durable.write_file(file.parent, file.name, [durable.bytes_of(values), crc])
+            durable.write_file(file.parent, file.name, [durable.bytes_of(values), crc], cached=self._is_small)
             return crc
 
         try:
@@ -245,6 +251,8 @@ class StoredWriter:
         head = self._document["attributes"]["cmdgpu"]
         n_modes = self.modes.n_modes
         ledger = Ledger(path, self.frame, n_modes, head["fingerprint"], plan_digest(head), keeps=True)
+        sample = StoredSample(path / "sample", self.modes.sample.shape, head["digests"]["sample"])
+        self.modes = dataclasses.replace(self.modes, sample=sample)  # what was kept of it may go
         return result_of(ledger, self.modes, head, totals)
 
     def _is_mine(self, path: Place) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import secrets
 import shutil
@@ -18,7 +19,9 @@ import sys
 import weakref
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias, cast, overload
+from typing import Any, Final, TypeAlias, cast, overload
+
+import numpy as np
 
 from cmdgpu.errors import CmdgpuError, DurabilityUnknown, StoreExists, StoreLocked, WriteFailed
 from cmdgpu.notation import AnyArray
@@ -55,8 +58,11 @@ def open_directory(path: Path) -> Generator[int]:
         os.close(fd)
 
 
-def write_file(directory: Place, name: str, parts: Iterable[Buffer]) -> None:
+def write_file(directory: Place, name: str, parts: Iterable[Buffer], *, cached: bool = True) -> None:
     """Put ``parts``, one after the other, into ``directory/name``: all bytes or the old file.
+
+    Not ``cached``: whole pages go past the page cache where system and memory allow it, for files that
+    nobody reads soon and that would push everything else out.
 
     The data are flushed before the rename, or a power cut could leave an empty file under the final
     name. The directory is *not* flushed here. Raises WriteFailed naming the file, or what ``parts`` raises;
@@ -71,7 +77,8 @@ def write_file(directory: Place, name: str, parts: Iterable[Buffer]) -> None:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             for part in parts:
-                _write_all(fd, memoryview(part).cast("B"))
+                view = memoryview(part).cast("B")
+                _write_all(fd, view if cached else _past_the_cache(fd, view))
             flush_file(fd)
         finally:
             os.close(fd)
@@ -84,6 +91,32 @@ def write_file(directory: Place, name: str, parts: Iterable[Buffer]) -> None:
         raise WriteFailed(
             f"cannot write: {reason_of(error)}", file=directory / name, hint=TRY_AGAIN
         ) from error
+
+
+_DIRECT: Final = getattr(os, "O_DIRECT", 0)
+_PAST_FROM: Final = 256 << 10
+"""Bytes from which a write past the page cache pays."""
+
+
+def _past_the_cache(fd: int, view: memoryview) -> memoryview:
+    """Write the whole pages of ``view`` straight to the device; what is left to be written otherwise.
+
+    Everything where it cannot be done: memory that begins inside a page, a filesystem that does not know it.
+    """
+    whole = len(view) // mmap.PAGESIZE * mmap.PAGESIZE
+    if not _DIRECT or whole < _PAST_FROM or np.frombuffer(view, np.uint8).ctypes.data % mmap.PAGESIZE:
+        return view
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, _DIRECT)
+        whole = os.write(fd, view[:whole]) // mmap.PAGESIZE * mmap.PAGESIZE
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        whole = 0
+    finally:
+        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+    os.lseek(fd, whole, os.SEEK_SET)
+    return view[whole:]
 
 
 def _write_all(fd: int, view: memoryview) -> None:

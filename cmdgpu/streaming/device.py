@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Protocol, Self, TypeAlias, cast
 
 import numpy as np
@@ -94,7 +95,8 @@ class CudaDevice:
     def host_slot(self, n_snapshots: int, width: int, dtype: str) -> AnyArray:
         stored = fmt.storage(dtype).numpy
         shape = (n_snapshots, width + SLOT_PADDING)
-        memory = _PinnedMemory(n_snapshots * shape[1] * stored.itemsize)
+        with torch.cuda.device(self._device):  # a lane's thread begins at the first device
+            memory = _PinnedMemory(n_snapshots * shape[1] * stored.itemsize)
         whole = np.frombuffer(memory.pages, dtype=stored, count=shape[0] * shape[1]).reshape(shape)
         self._pinned[whole.ctypes.data] = ops.as_tensor(whole, dtype), memory
         return whole[:, :width]
@@ -121,7 +123,8 @@ class CudaDevice:
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(copied)
             units = range(block.first, block.stop)
-            on_device = [compute(u, target[:, i * rows : (i + 1) * rows]) for i, u in enumerate(units)]
+            with in_room(self._device):
+                on_device = [compute(u, target[:, i * rows : (i + 1) * rows]) for i, u in enumerate(units)]
             self._computed[turn] = self._compute.record_event()
             on_host = [
                 [
@@ -152,6 +155,19 @@ class CudaDevice:
                 f"a block needs {show_bytes(3 * needed)} on {self._device}, {show_bytes(free)} are free",
                 hint="give a smaller memory limit, free the device, or use --device cpu",
             )
+
+
+@contextlib.contextmanager
+def in_room(device: torch.device) -> Generator[None]:
+    """What of a block does not fit on the device beside its slots, outputs of many fits first of all, as
+    MemoryLimitError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"the outputs of a block do not fit on {device} beside it",
+            hint="give a smaller memory limit, free the device, or fit fewer at once",
+        ) from error
 
 
 class _PinnedMemory:
@@ -193,6 +209,11 @@ class _OnItsWay:
 
 def _pinned_like(output: Tensor) -> Tensor:
     return torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+
+
+def blocks_under_way(device: torch.device) -> int:
+    """How many blocks have outputs on the host at a time."""
+    return 1 + (CudaDevice if device.type == "cuda" else CpuDevice).ahead
 
 
 def make_device(device: torch.device) -> Device:

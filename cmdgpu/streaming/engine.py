@@ -25,7 +25,7 @@ from cmdgpu.results import Frame, ResultWriter, result_bytes, statistics_bytes
 from cmdgpu.sources import Source
 from cmdgpu.statistics import totals_bytes
 from cmdgpu.store import format as fmt
-from cmdgpu.streaming.device import Pending, make_device
+from cmdgpu.streaming.device import Pending, blocks_under_way, make_device
 from cmdgpu.streaming.direct import fitted_units, threads_for
 from cmdgpu.streaming.lanes import Shared, merged
 from cmdgpu.streaming.passes import AssignAndFit, workspace_bytes
@@ -106,7 +106,7 @@ def plan_for(
             rows=frame.rows,
             n_snapshots=n_snapshots,
             itemsize=itemsize,
-            fits=fits,
+            fits=fits * max(map(blocks_under_way, devices)),  # each leaves outputs of every block
             lanes=len(devices),
             lane_bytes=workspace + source.fill_bytes(n_snapshots),
             fixed_bytes=written + kept,
@@ -144,8 +144,9 @@ def run_pass(
         computed = fitted_units(source, columns, works, todo, plan.threads)
     else:
         blocks = Shared(_runs(list(todo), plan.units_per_block))
+        busy = devices[: len(todo)]  # none where every unit is done already
         computed = merged(
-            [_through_slots(source, columns, works, todo, blocks, plan, device) for device in devices]
+            [_through_slots(source, columns, works, todo, blocks, plan, device) for device in busy]
         )
     try:
         with _WriteBehind() as behind, contextlib.closing(computed):

@@ -12,13 +12,13 @@ TARGET_BLOCK_BYTES: Final = 128 << 20
 """Where a larger slot stops paying: launches and file opens are already small beside the bytes."""
 SLOT_PADDING: Final = 96
 """Elements between the rows of a slot: a power-of-two stride puts all snapshots in the same cache sets."""
-_RESERVED: Final = 32 << 20
+_RESERVED: Final = 40 << 20
 """Stacks of the reading and writing threads, file buffers, the interpreter's own growth, and what sampling
 and clustering leave in the allocator (26 MB after 1,000 samples)."""
 _OUTPUT_ROW_BYTES: Final = 18
 """mode 2, a 4, b 4, correlation 4, ss 4."""
-WRITES_IN_FLIGHT: Final = 4
-"""Units whose results are on their way to the disk, each held twice: as computed and as it is written."""
+WRITES_IN_FLIGHT: Final = 8
+"""Units whose results are on their way to the disk."""
 _SLOTS: Final = (3, 2)
 """Host slots, best first: one is computed on while the others fill."""
 
@@ -58,14 +58,14 @@ def plan_direct(
     """As many threads as fit the limit, up to ``threads``.
 
     needed = reserved + fixed + threads * (kernel's + rows * itemsize)
-             + ((2 * threads + 1) * fits + 2 * writes) * rows * outputs
+             + ((2 * threads + 2) * fits + writes) * rows * outputs
 
-    A chunk for each thread, should a file be wrong; outputs of every fit under way and finished, and twice
-    as they are written. Raises MemoryLimitError with both numbers when one thread does not fit.
+    A chunk for each thread, should a file be wrong; outputs of every fit under way, finished, taken, and as
+    they are written. Raises MemoryLimitError with both numbers when one thread does not fit.
     """
 
     def needed(threads: int) -> int:
-        outputs = ((2 * threads + 1) * fits + 2 * WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
+        outputs = ((2 * threads + 2) * fits + WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
         return _RESERVED + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
 
     for fewer in range(threads, 0, -1):
@@ -88,7 +88,7 @@ def plan_pass(
 ) -> Plan:
     """The largest sensible blocks within the limit.
 
-    needed = reserved + fixed + writes * 2 * rows * outputs
+    needed = reserved + fixed + writes * rows * outputs
              + lanes * (lane's + slots * T * (units * rows + padding) * itemsize
                         + fits * units * rows * outputs)
 
@@ -101,7 +101,7 @@ def plan_pass(
         width = units * rows
         slot = n_snapshots * (width + SLOT_PADDING) * itemsize
         lane = lane_bytes + slots * slot + fits * width * _OUTPUT_ROW_BYTES
-        return _RESERVED + fixed_bytes + lanes * lane + WRITES_IN_FLIGHT * 2 * rows * _OUTPUT_ROW_BYTES
+        return _RESERVED + fixed_bytes + lanes * lane + WRITES_IN_FLIGHT * rows * _OUTPUT_ROW_BYTES
 
     unit_bytes = max(n_snapshots * rows * itemsize, 1)
     wanted = max(1, min(-(-n_units // lanes), TARGET_BLOCK_BYTES // unit_bytes))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cmdgpu.errors import StoreExists, StoreLocked, WriteFailed
@@ -195,3 +198,52 @@ def test_a_lock_that_cannot_be_signed_is_held_all_the_same(
         with pytest.raises(StoreLocked, match="process unknown"):
             durable.Lock(tmp_path / "weights" / ".lock")
     lock.release()
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5, (256 << 10) - 1, 256 << 10, (1 << 20) + 4097, 3 << 20])
+@pytest.mark.parametrize("offset", [0, 64])
+def test_what_goes_past_the_page_cache_arrives_whole(tmp_path: Path, n_bytes: int, offset: int) -> None:
+    memory = mmap.mmap(-1, (4 << 20) + offset)
+    memory[:] = np.random.default_rng(0).integers(256, size=len(memory), dtype=np.uint8).tobytes()
+    part = memoryview(memory)[offset : offset + n_bytes]
+    durable.write_file(tmp_path, "file", [part, b"tail"], cached=False)
+    assert (tmp_path / "file").read_bytes() == bytes(part) + b"tail"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("refused", ["flag", "write"])
+def test_a_filesystem_without_direct_writes_is_written_through_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    inner_flag, inner_write, calls = fcntl.fcntl, os.write, list[str]()
+
+    def fcntl_(fd: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags:
+            calls.append("flag")
+            if refused == "flag":
+                raise OSError(errno.EINVAL, "no")
+        return inner_flag(fd, command, flags)
+
+    def write(fd: int, data: memoryview) -> int:
+        if refused == "write" and inner_flag(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            calls.append("write")
+            raise OSError(errno.EINVAL, "no")
+        return inner_write(fd, data)
+
+    monkeypatch.setattr("cmdgpu.store.durable.fcntl.fcntl", fcntl_)
+    monkeypatch.setattr("cmdgpu.store.durable.os.write", write)
+    memory = mmap.mmap(-1, 1 << 20)
+    memory[:] = b"x" * len(memory)
+    durable.write_file(tmp_path, "file", [memoryview(memory)], cached=False)
+    assert (tmp_path / "file").read_bytes() == b"x" * (1 << 20)
+    assert refused in calls
+
+
+def test_a_full_disk_past_the_cache_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("cmdgpu.store.durable.os.write", full)
+    with pytest.raises(WriteFailed, match="the disk is full"):
+        durable.write_file(tmp_path, "file", [memoryview(mmap.mmap(-1, 1 << 20))], cached=False)
+    assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from cmdgpu.decomposition import CMD
 from cmdgpu.errors import CmdgpuWarning, MemoryLimitError, StoreCorrupt, WriteFailed
 from cmdgpu.memory import parse_bytes
 from cmdgpu.notation import CONSTANT, NON_FINITE, UNWRITTEN, AnyArray
-from cmdgpu.results import Frame, MemoryWriter, UnitRows
+from cmdgpu.results import Frame, MemoryWriter, StoredWriter, UnitRows
 from cmdgpu.sources import READS_IN_FLIGHT, StoreSource
 from cmdgpu.statistics import UnitStatistics
 from cmdgpu.store import view, zstd
@@ -193,6 +193,24 @@ def test_stopped_and_resumed_equals_uninterrupted(stores: dict[int, Path], tmp_p
     assert 0 < resumed.metrics_["units_resumed"] < 5, "nothing was left to resume"
     whole_fit = fit(source, tmp_path / "whole.zarr")
     assert fit_bits(resumed) == fit_bits(whole_fit)
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole.zarr")
+
+
+@pytest.mark.usefixtures("unit_by_unit", "route")
+def test_a_fit_that_lacks_nothing_but_its_end_is_ended(
+    stores: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = Trajectory.open(stores[65536]), tmp_path / "out.zarr"
+
+    def stop(_: StoredWriter) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(StoredWriter, "finish", stop)
+        with pytest.raises(Stopped):
+            fit(source, out)
+    assert fit(source, out).metrics_["units_resumed"] == 2
+    fit(source, tmp_path / "whole.zarr")
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole.zarr")
 
 

@@ -6,6 +6,7 @@ The allocator of the system would keep several of them in every thread, and new 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 import weakref
 
@@ -27,13 +28,13 @@ def outputs(rows: int, sets: int) -> list[RowFit]:
 
     Their memory comes back to this thread when the last of the tensors is gone, in whatever thread that is.
     """
-    n_bytes = rows * (4 + sets * 14)
+    n_bytes = rows * (4 + sets * 14)  # whole pages where the rows are: they can be written past any cache
     if getattr(_own, "n_bytes", 0) != n_bytes:
         _own.free, _own.n_bytes = list[NDArray[np.uint8]](), n_bytes
     free: list[NDArray[np.uint8]] = _own.free
-    block = free.pop() if free else np.empty(n_bytes, dtype=np.uint8)
+    block = free.pop() if free else np.empty(n_bytes + mmap.PAGESIZE, dtype=np.uint8)
     # all tensors look at ``owner``, and nothing else does
-    owner = (ctypes.c_uint8 * n_bytes).from_buffer(block.data)
+    owner = (ctypes.c_uint8 * n_bytes).from_buffer(block.data, -block.ctypes.data % mmap.PAGESIZE)
     weakref.finalize(owner, free.append, block)
     at = 0
 
