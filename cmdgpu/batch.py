@@ -76,8 +76,8 @@ def fit_grid(
 
     The result of ``runs/a.zarr`` at M = 5 with seed 0 is ``out/a.m5.s0.cmd.zarr`` (``a.generator.m5...`` for
     a module, ``a.t0.1...`` for a threshold). Raises UsageError, before anything is read, for a grid that
-    names a result twice and for a store that is none; a fit that fails later leaves its error in its
-    ``GridFit``, and the other stores are fitted.
+    names a result twice and for a store that is none; one that fails later leaves its error in the
+    ``GridFit`` of every fit that shared its pass, and the other stores are fitted.
     """
     place = place_of(out)
     selection = selection or Selection()

@@ -169,7 +169,8 @@ def test_networks_whose_names_no_file_can_have_are_told_apart(tmp_path: Path) ->
 def test_a_grid_of_no_fit_is_refused_and_a_store_is_named_by_its_folder(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for nothing in ({"seeds": ()}, {"n_modes": ()}):
+    nothings: list[dict[str, Any]] = [{"seeds": ()}, {"n_modes": ()}]
+    for nothing in nothings:
         with pytest.raises(UsageError, match=r"a\.zarr: no fit of it is asked for"):
             fit_grid([runs / "a.zarr"], tmp_path, **nothing)
     layout = ParameterMap(whole([("norm.running_mean", "buffer", "float32", (256,))]))
@@ -181,6 +182,21 @@ def test_a_grid_of_no_fit_is_refused_and_a_store_is_named_by_its_folder(
     monkeypatch.chdir(runs / "a.zarr")
     (fit,) = fit_grid(["."], tmp_path, n_modes=(2,), n_samples=60)
     assert fit.out.name == "a.m2.s0.cmd.zarr"
+
+
+def test_selections_that_are_spelled_alike_have_samples_of_their_own(runs: Path, tmp_path: Path) -> None:
+    every = Trajectory.open(runs / "a.zarr")
+    # of two patterns the flag is for the first alone
+    trajs = [
+        every.sel(params=["(?i)GENERATOR", "MAPPING.BIAS"]),
+        every.sel(params="(?i)GENERATOR|MAPPING.BIAS"),
+    ]
+    assert trajs[0].params == trajs[1].params
+    cmds = [CMD(n_modes=2, n_samples=60) for _ in trajs]
+    CMD.fit_together(cmds, trajs, [tmp_path / "0.cmd.zarr", tmp_path / "1.cmd.zarr"])
+    for cmd, traj in zip(cmds, trajs, strict=True):
+        own = CMD(n_modes=2, n_samples=60).fit(traj)
+        assert np.array_equal(cmd.sample_rows_, own.sample_rows_)
 
 
 def test_fits_hold_no_sample_and_read_it_where_they_lie(runs: Path, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ class RemoteWriter(StoredWriter):
         """
         self._require_mine()
         _put_modes(self._place, self.modes)
-        return self._result_at(self._place, self._mark_complete())
+        return self._result_at(self._place, *self._mark_complete())
 
     def _require_mine(self) -> None:
         if not self._is_mine(self._place):

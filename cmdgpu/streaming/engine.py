@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from cmdgpu.streaming.lanes import Shared, merged
 from cmdgpu.streaming.passes import AssignAndFit, workspace_bytes
 from cmdgpu.streaming.plan import WRITES_IN_FLIGHT, Plan, plan_direct, plan_pass
 from cmdgpu.streaming.reader import Block, BlockReader
+
+_TENSOR_BYTES: Final = 4 << 10
+"""Of a tensor: its entry in the maps of store and result, their text while it is read and written."""
 
 Computed: TypeAlias = tuple[int, list[tuple[Tensor, ...]], int]
 """A unit, the outputs of every fit that lacked it, and the bytes that were read."""
@@ -78,6 +81,7 @@ def plan_for(
     asked = list(zip(frames, modes, strict=True))
     statistics = np.concatenate([statistics_bytes(each, m) for each, m in asked])
     kept = sum(totals_bytes(each.map, m) for each, m in asked)
+    kept += _TENSOR_BYTES * max(len(each.map) for each in frames)
     if in_memory:
         kept += sum(result_bytes(each.n_rows, m, n_snapshots) for each, m in asked) + int(statistics.sum())
     # of the largest units, should they be taken, written and summed at the same time

@@ -74,12 +74,14 @@ def fall_asleep(place: str, out: Path) -> None:
         sleep("in the name", new == out)
         rename(old, new)
 
-    def write_file_late(directory: Path, name: str, parts: Iterable[durable.Buffer]) -> None:
+    def write_file_late(
+        directory: Path, name: str, parts: Iterable[durable.Buffer], *, cached: bool = True
+    ) -> None:
         sleep("before a record", (directory.name, name) == ("done", f"c.{MIDDLE}.0"))
         # not in the folder that a fit is first built in: that is unfinished twice
         is_running = directory.name.startswith(out.name) and directory.name.count(durable.PARTIAL) == 1
         sleep("before the mark", is_running and name == fmt.DOCUMENT)
-        write_file(directory, name, parts)
+        write_file(directory, name, parts, cached=cached)
 
     def publish_late(temporary: Path, final: Path) -> None:
         sleep("before the name" if final == out else "its folder has no name")

@@ -27,6 +27,7 @@ from cmdgpu.sources import READS_IN_FLIGHT, StoreSource
 from cmdgpu.statistics import UnitStatistics
 from cmdgpu.store import view, zstd
 from cmdgpu.store.parameter_map import ParameterMap, whole
+from cmdgpu.streaming.device import blocks_under_way, in_room
 from cmdgpu.streaming.direct import threads_for
 from cmdgpu.streaming.plan import WRITES_IN_FLIGHT
 from cmdgpu.trajectory import Trajectory
@@ -353,6 +354,13 @@ def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pyt
     monkeypatch.setattr("resource.getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)  # pyright: ignore
     assert threads_for(source, 100_000, 4, cpu) == 8
     assert threads_for(source, 10, 4, torch.device("cuda")) == 0
+
+
+def test_what_a_device_has_no_room_for_is_one_line_and_outputs_of_two_blocks_are_planned_for() -> None:
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    with pytest.raises(MemoryLimitError, match=r"do not fit on cuda:1"), in_room(cuda):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    assert (blocks_under_way(cpu), blocks_under_way(cuda)) == (1, 2)
 
 
 def test_progress_ends_at_what_was_announced_resumed_units_included(
