@@ -77,8 +77,7 @@ def write_file(directory: Place, name: str, parts: Iterable[Buffer], *, cached: 
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             for part in parts:
-                view = memoryview(part).cast("B")
-                _write_all(fd, view if cached else _past_the_cache(fd, view))
+                _write_all(fd, part if cached else _past_the_cache(fd, part))
             flush_file(fd)
         finally:
             os.close(fd)
@@ -98,11 +97,12 @@ _PAST_FROM: Final = 256 << 10
 """Bytes from which a write past the page cache pays."""
 
 
-def _past_the_cache(fd: int, view: memoryview) -> memoryview:
-    """Write the whole pages of ``view`` straight to the device; what is left to be written otherwise.
+def _past_the_cache(fd: int, part: Buffer) -> memoryview:
+    """Write the whole pages of ``part`` straight to the device; what is left to be written otherwise.
 
     Everything where it cannot be done: memory that begins inside a page, a filesystem that does not know it.
     """
+    view = memoryview(part).cast("B")
     whole = len(view) // mmap.PAGESIZE * mmap.PAGESIZE
     if not _DIRECT or whole < _PAST_FROM or np.frombuffer(view, np.uint8).ctypes.data % mmap.PAGESIZE:
         return view
@@ -119,7 +119,9 @@ def _past_the_cache(fd: int, view: memoryview) -> memoryview:
     return view[whole:]
 
 
-def _write_all(fd: int, view: memoryview) -> None:
+def _write_all(fd: int, part: Buffer) -> None:
+    """No view outlives the call: whoever makes the parts may use their memory for the next one."""
+    view = memoryview(part).cast("B")
     while view:
         view = view[os.write(fd, view) :]
 

@@ -12,9 +12,11 @@ TARGET_BLOCK_BYTES: Final = 128 << 20
 """Where a larger slot stops paying: launches and file opens are already small beside the bytes."""
 SLOT_PADDING: Final = 96
 """Elements between the rows of a slot: a power-of-two stride puts all snapshots in the same cache sets."""
-_RESERVED: Final = 40 << 20
+_RESERVED: Final = 32 << 20
 """Stacks of the reading and writing threads, file buffers, the interpreter's own growth, and what sampling
 and clustering leave in the allocator (26 MB after 1,000 samples)."""
+_WRITERS: Final = 8 << 20
+"""Stacks and buffers of the threads that write, beside those that read straight from files."""
 _OUTPUT_ROW_BYTES: Final = 18
 """mode 2, a 4, b 4, correlation 4, ss 4."""
 WRITES_IN_FLIGHT: Final = 8
@@ -57,7 +59,7 @@ def plan_direct(
 ) -> Plan:
     """As many threads as fit the limit, up to ``threads``.
 
-    needed = reserved + fixed + threads * (kernel's + rows * itemsize)
+    needed = reserved + writers' + fixed + threads * (kernel's + rows * itemsize)
              + ((2 * threads + 2) * fits + writes) * rows * outputs
 
     A chunk for each thread, should a file be wrong; outputs of every fit under way, finished, taken, and as
@@ -66,7 +68,7 @@ def plan_direct(
 
     def needed(threads: int) -> int:
         outputs = ((2 * threads + 2) * fits + WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
-        return _RESERVED + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
+        return _RESERVED + _WRITERS + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
 
     for fewer in range(threads, 0, -1):
         if needed(fewer) <= limit_bytes:

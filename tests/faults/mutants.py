@@ -52,11 +52,11 @@ def _put_off(is_put_off: Callable[[Path, str], bool]) -> Generator[None]:
     write_file = durable.write_file
     waiting: list[tuple[Path, str, list[bytes]]] = []
 
-    def write_or_wait(directory: Path, name: str, parts: Iterable[Any]) -> None:
+    def write_or_wait(directory: Path, name: str, parts: Iterable[Any], *, cached: bool = True) -> None:
         if is_put_off(directory, name):
             waiting.append((directory, name, [bytes(part) for part in parts]))
         else:
-            write_file(directory, name, parts)
+            write_file(directory, name, parts, cached=cached)
 
     with patch(f"{_DURABLE}.write_file", write_or_wait):
         yield
@@ -163,10 +163,10 @@ def _leave_temps(stack: contextlib.ExitStack, acknowledge: Acknowledge) -> None:
     write_file, unlink = _module(_DURABLE).write_file, Path.unlink
     writing = threading.local()
 
-    def write_and_leave(directory: Path, name: str, parts: Iterable[Any]) -> None:
+    def write_and_leave(directory: Path, name: str, parts: Iterable[Any], *, cached: bool = True) -> None:
         writing.now = True
         try:
-            write_file(directory, name, parts)
+            write_file(directory, name, parts, cached=cached)
         finally:
             writing.now = False
 
