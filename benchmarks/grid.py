@@ -7,10 +7,8 @@ own on a cold store. What the device delivered is counted, and the same bytes ar
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
 
 from benchmarks.ceilings import drop_from_cache, read_files  # noqa: E402
-from benchmarks.machine import machine, results_file  # noqa: E402
+from benchmarks.machine import in_own_process, machine, results_file  # noqa: E402
 from benchmarks.out_of_core import READS_IN_FLIGHT, Size, make_store  # noqa: E402
 from benchmarks.run import write_results  # noqa: E402
 
@@ -49,15 +47,6 @@ class Record:
         return asdict(self)
 
 
-def run_alone(store: Path, out: Path, modes: str, seeds: str) -> dict[str, Any]:
-    script = ROOT / "benchmarks" / "one_grid.py"
-    asked = [sys.executable, str(script), str(store), str(out), modes, seeds]
-    ended = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"the fits failed:\n{ended.stderr}")
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 def measure(folder: Path, rows: int, snapshots: int, runs: int, rows_per_chunk: int | None) -> list[Record]:
     store = folder / "store.zarr"
     make_store(store, Size(rows, snapshots, (), rows_per_chunk, runs))
@@ -69,7 +58,8 @@ def measure(folder: Path, rows: int, snapshots: int, runs: int, rows_per_chunk: 
     for _ in range(runs):  # results stay: a filesystem that has just deleted files is slow to make others
         for name, (modes, seeds) in GRIDS.items():
             drop_from_cache(everything)
-            told[name].append(run_alone(store, folder / f"fits-{modes}-{len(plain)}", modes, seeds))
+            out = folder / f"fits-{modes}-{len(plain)}"
+            told[name].append(in_own_process("one_grid.py", store, out, modes, seeds))
         drop_from_cache(everything)
         started = time.perf_counter()
         read_files(files, READS_IN_FLIGHT, crc=False)

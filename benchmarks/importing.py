@@ -9,11 +9,9 @@ synced at the end. The measure is one after the other, a cold read plus a synced
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.ceilings import drop_from_cache  # noqa: E402
-from benchmarks.machine import machine, results_file  # noqa: E402
+from benchmarks.machine import in_own_process, machine, results_file  # noqa: E402
 from benchmarks.run import write_results  # noqa: E402
 from cmdgpu.trajectory import Trajectory  # noqa: E402
 
@@ -121,15 +119,7 @@ class Sources:
     def import_(self) -> float:
         drop_from_cache(self.files)
         out = self.folder / "run.zarr"
-        command = [
-            sys.executable,
-            str(ROOT / "benchmarks" / "one_import.py"),
-            str(self.runs),
-            str(out),
-            LIMIT,
-        ]
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        self.found.append(json.loads(ended.stdout))
+        self.found.append(in_own_process("one_import.py", self.runs, out, LIMIT))
         self._check(out)
         shutil.rmtree(out)
         os.sync()

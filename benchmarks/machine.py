@@ -1,10 +1,12 @@
-"""What the figures were measured on, and the folder of results that has its name."""
+"""What the figures were measured on, the folder of results that has its name, and processes of their own."""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ def slug(found: dict[str, Any]) -> str:
 
 def results_file(suite: str, found: dict[str, Any]) -> Path:
     return RESULTS / found["name"] / f"{suite}.json"
+
+
+def in_own_process(script: str, *arguments: object) -> dict[str, Any]:
+    """The JSON that a script of this folder prints last, run in a process of its own."""
+    asked = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    ended = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{script} failed:\n{ended.stderr}")
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def _cpu_name() -> str:

@@ -13,7 +13,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 import cmdgpu as cg  # noqa: E402
 from benchmarks.cases import PADDING, walks  # noqa: E402
 from benchmarks.ceilings import CRC_BYTES, decode, drop_from_cache, in_threads, read_files  # noqa: E402
-from benchmarks.machine import machine, results_file  # noqa: E402
+from benchmarks.machine import in_own_process, machine, results_file  # noqa: E402
 from benchmarks.run import write_results  # noqa: E402
 from cmdgpu import ops  # noqa: E402
 
@@ -175,15 +174,6 @@ def shared_cores(*rates: float) -> float:
 # ---- one case -------------------------------------------------------------------------------------------
 
 
-def fit_alone(store: Path, out: Path, modes: int, device: str, *options: str) -> dict[str, Any]:
-    script = ROOT / "benchmarks" / "one_fit.py"
-    asked = [sys.executable, str(script), str(store), str(out), str(modes), device, *options]
-    ended = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"the fit failed:\n{ended.stderr}")
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 def measure(
     store: Path, size: Size, modes: int, folder: Path, found: Mapping[str, Any], runs: int, device: str
 ) -> list[Record]:
@@ -194,7 +184,7 @@ def measure(
         return folder / f"result-{next(numbers)}.zarr"
 
     first = new_result()
-    warm = fit_alone(store, first, modes, device, "--peak")
+    warm = in_own_process("one_fit.py", store, first, modes, device, "--peak")
     width = int(warm["metrics"]["rows_per_block"])
     fitted = cg.CMD.load(first)
     stages = Stages(store, fitted.references_, width, device)
@@ -204,7 +194,7 @@ def measure(
     def fitting(before: Callable[[], None], name: str) -> None:
         before()
         out = new_result()
-        said = fit_alone(store, out, modes, device)
+        said = in_own_process("one_fit.py", store, out, modes, device)
         shutil.rmtree(out)
         seconds.setdefault(f"pass, {name}", []).append(float(said["metrics"]["stage_s"]["pass"]))
         seconds.setdefault(f"whole fit, {name}", []).append(float(said["seconds"]))

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,7 +32,7 @@ import safetensors  # noqa: E402
 
 import cmdgpu as cg  # noqa: E402
 from benchmarks.ceilings import drop_from_cache, read_files  # noqa: E402
-from benchmarks.machine import machine, results_file  # noqa: E402
+from benchmarks.machine import in_own_process, machine, results_file  # noqa: E402
 from benchmarks.measure import MARGIN  # noqa: E402
 from benchmarks.one_stage import FILE, LIMIT, RESULT, STORE, measured  # noqa: E402
 from benchmarks.planted import NOISE, Planted  # noqa: E402
@@ -200,15 +199,6 @@ Sizes: TypeAlias = tuple[int, int, int]
 Stage: TypeAlias = Callable[[str, Path, int, int, int], dict[str, Any]]
 
 
-def in_own_process(stage: str, folder: Path, *sizes: int) -> dict[str, Any]:
-    script = ROOT / "benchmarks" / "one_stage.py"
-    asked = [sys.executable, str(script), stage, str(folder), *map(str, sizes)]
-    ended = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"{stage} failed:\n{ended.stderr}")
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 class Scale:
     """One store from its first byte to its last, and what was found on the way."""
 
@@ -346,7 +336,11 @@ def main(arguments: list[str] | None = None) -> Path:
         needed = rows * (4 * snapshots + 18) + (1 << 20)
         if (free := shutil.disk_usage(folder).free) < needed:
             parser.error(f"{show_bytes(needed)} are needed in {folder}, {show_bytes(free)} are free")
-        scale = Scale(folder, (rows, snapshots, modes), measured if options.tiny else in_own_process)
+        scale = Scale(
+            folder,
+            (rows, snapshots, modes),
+            measured if options.tiny else partial(in_own_process, "one_stage.py"),
+        )
         scale.run()
     finally:
         shutil.rmtree(folder)

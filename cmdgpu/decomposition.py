@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, StepNotFound, UsageError, printable
-from cmdgpu.fitting import Asked, Fitted, Settings, fit_all
+from cmdgpu.fitting import Asked, Settings, fit_all
 from cmdgpu.memory import parse_bytes, show_bytes
 from cmdgpu.notation import F32, F64, I16, I64, NON_FINITE, AnyArray
 from cmdgpu.progress import Progress, Silent
@@ -110,24 +110,13 @@ class CMD:
         """
         traj = traj if isinstance(traj, Trajectory) else Trajectory.from_array(traj)
         asked = Asked(traj, self._settings(), None if out is None else place_of(out), buffers)
-        (fitted,) = fit_all(
-            [asked],
-            device=self.device,
-            executor=executor,
-            memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
-            resume=resume,
-            progress=progress or Silent(),
-        )
-        self._keep(fitted, traj)
+        self._fit_all([self], [asked], executor, memory_limit, resume, progress)
         return self
 
     def _settings(self) -> Settings:
         return Settings(
             self.n_modes, self.threshold, self.n_samples, self.sampling, self.affinity, self.random_state
         )
-
-    def _keep(self, fitted: Fitted, traj: Trajectory) -> None:
-        self._result, self._run, self._trajectory = fitted.result, fitted.run, traj
 
     @staticmethod
     def fit_together(
@@ -154,19 +143,31 @@ class CMD:
                 "fits of one pass are of one trajectory, at the same snapshots",
                 hint="select parameters with sel(params=...) from one open trajectory",
             )
+        asked = [
+            Asked(traj, cmd._settings(), place_of(out), buffers)
+            for cmd, traj, out in zip(cmds, trajs, outs, strict=True)
+        ]
+        CMD._fit_all(cmds, asked, executor, memory_limit, resume, progress)
+
+    @staticmethod
+    def _fit_all(
+        cmds: Sequence[CMD],
+        asked: Sequence[Asked],
+        executor: Any,
+        memory_limit: int | str | None,
+        resume: bool,
+        progress: Progress | None,
+    ) -> None:
         fitted = fit_all(
-            [
-                Asked(traj, cmd._settings(), place_of(out), buffers)
-                for cmd, traj, out in zip(cmds, trajs, outs, strict=True)
-            ],
+            asked,
             device=cmds[0].device,
             executor=executor,
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
             resume=resume,
             progress=progress or Silent(),
         )
-        for cmd, traj, one in zip(cmds, trajs, fitted, strict=True):
-            cmd._keep(one, traj)
+        for cmd, one, found in zip(cmds, asked, fitted, strict=True):
+            cmd._result, cmd._run, cmd._trajectory = found.result, found.run, one.traj
 
     @property
     def is_fitted(self) -> bool:

@@ -7,6 +7,7 @@ once. Who reads is an executor's business: this process, a Dask cluster, or the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
@@ -158,7 +159,7 @@ def _fit_here(
         )
     begun = _begin_all(asked, code_identity(devices), resume)
     writers = [each.writer for each in begun if each.writer is not None]
-    figures: dict[str, Any] = {}
+    ran: _Ran | None = None
     if writers:
         assert plan is not None
         fits = [Fit(AssignAndFit.of(w.frame, traj.dtype, w.modes.references), w) for w in writers]
@@ -167,16 +168,15 @@ def _fit_here(
         for each, n_units in zip(under_way, report.units_resumed, strict=True):
             each.units_resumed = n_units
         most = max(writer.modes.n_modes for writer in writers)
-        figures = {
-            "implementation": ops.choose(traj.dtype, len(traj.columns), most, devices[0])[0],
-            "rows_per_block": plan.units_per_block * plan.rows,
-            "blocks_total": len(plan.blocks()),
-            "bytes_read": report.bytes_read,
-            "bytes_per_s": report.bytes_per_s,
-            "planned_bytes": plan.needed_bytes,
-            "seconds": report.seconds,
-        }
-    return [each.finish(",".join(map(str, devices)), figures) for each in begun]
+        ran = _Ran(
+            implementation=ops.choose(traj.dtype, len(traj.columns), most, devices[0])[0],
+            rows_per_block=plan.units_per_block * plan.rows,
+            blocks_total=len(plan.blocks()),
+            bytes_read=report.bytes_read,
+            planned_bytes=plan.needed_bytes,
+            seconds=report.seconds,
+        )
+    return [each.finish(",".join(map(str, devices)), ran) for each in begun]
 
 
 def _fit_by(
@@ -214,8 +214,11 @@ def _fit_by(
             _require_room_for_clustering(one, default_limit() if memory_limit is None else memory_limit)
     begun = _begin_all(asked, code, resume)
     writers = [each.writer for each in begun if isinstance(each.writer, StoredWriter)]
-    figures: dict[str, Any] = {}
+    ran: _Ran | None = None
     if writers:
+        for each in begun:
+            if isinstance(each.writer, StoredWriter):
+                each.units_resumed = each.writer.n_begun()
         frames = [writer.frame for writer in writers]
         unit_bytes = frames[0].rows * len(traj.columns) * fmt.storage(traj.dtype).numpy.itemsize
         blocks, per_block = blocks_of(frames, unit_bytes)
@@ -240,17 +243,15 @@ def _fit_by(
                     progress.advance(unit_bytes * len(here))
         finally:
             progress.end()
-        seconds = time.perf_counter() - started
-        figures = {
-            "implementation": implementation,
-            "rows_per_block": per_block * frames[0].rows,
-            "blocks_total": len(blocks),
-            "bytes_read": bytes_read,
-            "bytes_per_s": bytes_read / seconds,
-            "planned_bytes": planned,
-            "seconds": seconds,
-        }
-    return [each.finish(device, figures) for each in begun]
+        ran = _Ran(
+            implementation=implementation,
+            rows_per_block=per_block * frames[0].rows,
+            blocks_total=len(blocks),
+            bytes_read=bytes_read,
+            planned_bytes=planned,
+            seconds=time.perf_counter() - started,
+        )
+    return [each.finish(device, ran) for each in begun]
 
 
 def _for_the_others(writers: Sequence[StoredWriter], rest: Iterator[T] | None) -> Iterator[T]:
@@ -303,6 +304,23 @@ def _closing(iterator: Iterator[T]) -> Generator[Iterator[T]]:
             iterator.close()
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """Figures of a pass, whoever ran it; those of one that found nothing to do by default."""
+
+    implementation: str | None = None
+    rows_per_block: int | None = None
+    blocks_total: int = 0
+    bytes_read: int = 0
+    planned_bytes: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        figures = dataclasses.asdict(self)
+        seconds = figures.pop("seconds")
+        return {**figures, "bytes_per_s": self.bytes_read / seconds if seconds else 0.0}
+
+
 @dataclass
 class _Begun:
     """A fit that is under way, or was found complete."""
@@ -311,32 +329,21 @@ class _Begun:
     writer: MemoryWriter | StoredWriter | None
     result: Result | None
     stage_s: dict[str, float]
-    units_resumed: int
+    units_resumed: int = 0
 
-    def finish(self, device: str, figures: Mapping[str, Any]) -> Fitted:
-        n_units = len(self.one.frame.live_units)
-        run: dict[str, Any] = {"device": device, "units_total": n_units, "units_resumed": self.units_resumed}
+    def finish(self, device: str, ran: _Ran | None) -> Fitted:
+        n_units, result = len(self.one.frame.live_units), self.result
         if self.writer is None:
-            assert self.result is not None
-            return Fitted(self.result, {**run, "units_resumed": n_units, **_NOTHING_TO_DO})
-        figures = dict(figures)
-        self.stage_s["pass"] = figures.pop("seconds")
-        started = time.perf_counter()
-        result = self.writer.finish()
-        self.stage_s["finish"] = time.perf_counter() - started
-        return Fitted(result, {**run, **figures, "stage_s": self.stage_s})
-
-
-_NOTHING_TO_DO: Final[Mapping[str, Any]] = {
-    "implementation": None,
-    "rows_per_block": None,
-    "blocks_total": 0,
-    "bytes_read": 0,
-    "bytes_per_s": 0.0,
-    "planned_bytes": 0,
-    "stage_s": {},
-}
-"""The figures of a run that found its result complete."""
+            ran, self.units_resumed, self.stage_s = _Ran(), n_units, {}
+        else:
+            assert ran is not None
+            self.stage_s["pass"] = ran.seconds
+            started = time.perf_counter()
+            result = self.writer.finish()
+            self.stage_s["finish"] = time.perf_counter() - started
+        assert result is not None
+        run = {"device": device, "units_total": n_units, "units_resumed": self.units_resumed}
+        return Fitted(result, {**run, **ran.to_json(), "stage_s": self.stage_s})
 
 
 def _begin_all(asked: Sequence[Asked], code: Mapping[str, Any], resume: bool) -> list[_Begun]:
@@ -361,11 +368,11 @@ def _begin(one: Asked, code: Mapping[str, Any], resume: bool, sampler: _Sampler)
         source["token"] = os.urandom(16).hex()  # an array: its fits are never resumed by mistake
     provenance = Provenance(source, config, code, _origin(one), one.traj.params)
     if one.out is None:
-        return _Begun(one, MemoryWriter(one.frame, decide(), provenance), None, stage_s, 0)
+        return _Begun(one, MemoryWriter(one.frame, decide(), provenance), None, stage_s)
     begun = begin_result(one.out, one.frame, provenance, decide, resume=resume)
     if isinstance(begun, Result):
-        return _Begun(one, None, begun, stage_s, 0)
-    return _Begun(one, begun, None, stage_s, begun.n_begun())
+        return _Begun(one, None, begun, stage_s)
+    return _Begun(one, begun, None, stage_s)
 
 
 def _origin(one: Asked) -> str | None:

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
+from cmdgpu import ops
 from cmdgpu.cli import main
 from cmdgpu.decomposition import CMD
 from cmdgpu.notation import CONSTANT, F32, F64, I64, NON_FINITE, AnyArray, BoolArray
 from cmdgpu.sampling import candidate_rows
 from cmdgpu.store import format as fmt
+from cmdgpu.store import view
 from cmdgpu.store.journal import Journal
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.trajectory import Trajectory
@@ -285,3 +288,44 @@ class Ticks:
 
     def end(self) -> None:
         self.ends += 1
+
+
+class Stopped(Exception):
+    """A fit was stopped by the one who watched it."""
+
+
+class StopAfter(Ticks):
+    """Ends the fit once more than ``most`` advances were told."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def advance(self, done_bytes: int) -> None:
+        super().advance(done_bytes)
+        if self.advances > self._most:
+            raise Stopped
+
+
+def chunks_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the chunks of weights that are read from here on, by whatever way a pass has."""
+    read: list[str] = []
+    inner_fit, inner_checked, inner_chunk = ops.fit_files, ops.files.read_checked, view.read_chunk
+
+    def fit_files(dtype: str, references: Any, chunks: Any, *rest: Any) -> Any:
+        read.extend(chunks.names)
+        return inner_fit(dtype, references, chunks, *rest)
+
+    def read_checked(directory: str, names: Any, *rest: Any) -> Any:
+        read.extend(names)
+        return inner_checked(directory, names, *rest)
+
+    def read_chunk(path: Path, *rest: Any, **how: Any) -> Any:
+        if path.parent.name == "weights":
+            read.append(path.name)
+        return inner_chunk(path, *rest, **how)
+
+    monkeypatch.setattr(ops, "fit_files", fit_files)
+    monkeypatch.setattr(ops.files, "read_checked", read_checked)
+    monkeypatch.setattr(view, "read_chunk", read_chunk)
+    return read

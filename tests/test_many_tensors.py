@@ -21,7 +21,7 @@ from cmdgpu.statistics import FIELDS, Totals, totals_bytes
 from cmdgpu.store.parameter_map import Kind, ParameterMap, whole
 from cmdgpu.streaming.engine import plan_for
 from cmdgpu.trajectory import Trajectory
-from tests.harness import Ticks, fit_bits, planted, write_store
+from tests.harness import StopAfter, Stopped, fit_bits, planted, write_store
 from tests.remote.servers import Memory
 from tests.verbs import flip_bit, leftovers, plain_array, tree_bytes, zarr_values
 
@@ -109,19 +109,10 @@ def test_damage_of_a_later_chunk_of_statistics_is_named(folder: Path, tmp_path: 
 def test_a_unit_whose_later_statistics_are_torn_is_computed_again(
     folder: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Enough(Exception):
-        pass
-
-    class StopAfterTwo(Ticks):
-        def advance(self, done_bytes: int) -> None:
-            super().advance(done_bytes)
-            if self.advances > 2:
-                raise Enough
-
     monkeypatch.setattr("cmdgpu.streaming.plan.TARGET_BLOCK_BYTES", 1)
     traj, out = Trajectory.open(folder / "s.zarr"), tmp_path / "out.zarr"
-    with pytest.raises(Enough):
-        work().fit(traj, out=out, progress=StopAfterTwo())
+    with pytest.raises(Stopped):
+        work().fit(traj, out=out, progress=StopAfter(2))
     (partial,) = partials_of(out)
     file = partial / "segment_stats" / "c.0.1.0.0"
     if change == "flipped":

@@ -52,7 +52,17 @@ from cmdgpu.statistics import FIELDS, N_BINS
 from cmdgpu.store import format as fmt
 from cmdgpu.trajectory import Trajectory
 from tests.faults.disk import FAULTS, Died, Disk, Fault
-from tests.harness import Ticks, fit_bits, one_tensor, planted, row_bits, walks, write_store
+from tests.harness import (
+    StopAfter,
+    Stopped,
+    Ticks,
+    fit_bits,
+    one_tensor,
+    planted,
+    row_bits,
+    walks,
+    write_store,
+)
 from tests.verbs import (
     LAYOUT,
     edit_document,
@@ -102,21 +112,6 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 def unit_by_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one unit, whatever the limit."""
     monkeypatch.setattr("cmdgpu.streaming.plan.TARGET_BLOCK_BYTES", 1)
-
-
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(Ticks):
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most = most
-
-    def advance(self, done_bytes: int) -> None:
-        super().advance(done_bytes)
-        if self.advances > self._most:
-            raise Stopped
 
 
 def stop_midway(store: Path, out: Path, cmd: CMD | None = None) -> Path:

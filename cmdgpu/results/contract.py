@@ -16,6 +16,7 @@ from cmdgpu.statistics import Totals, UnitStatistics, summarise
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
 from cmdgpu.store.places import Place
+from cmdgpu.store.units_ahead import units_of
 
 MOST_PATTERNS: Final = 64
 """Selections of selections that a result tells of."""
@@ -127,11 +128,7 @@ class Frame:
     @cached_property
     def live_units(self) -> tuple[int, ...]:
         """The units that hold a row of a tensor, ascending; of the others nothing is read or written."""
-        live: list[int] = []
-        for start, stop, _ in self.map.spans:
-            first = max(start // self.rows, live[-1] + 1 if live else 0)
-            live.extend(range(first, (stop - 1) // self.rows + 1))
-        return tuple(live)
+        return tuple(units_of(((start, stop) for start, stop, _ in self.map.spans), self.rows))
 
     def is_live(self, unit: int) -> bool:
         return bool(self.map.segments(*self.unit(unit)))
@@ -193,10 +190,6 @@ class ResultWriter(Protocol):
     def modes(self) -> ModeSet: ...
 
     def is_done(self, unit: int) -> bool: ...
-
-    def n_begun(self) -> int:
-        """Units whose record is there, sound or not, whoever wrote it."""
-        ...
 
     def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
         """Keep one unit; whole and durable when this returns. Units may come in any order."""

@@ -24,9 +24,6 @@ class MemoryWriter:
     def is_done(self, unit: int) -> bool:
         return unit in self._statistics
 
-    def n_begun(self) -> int:
-        return len(self._statistics)
-
     def write(self, unit: int, rows: UnitRows, statistics: UnitStatistics) -> None:
         start, stop = self.frame.unit(unit)
         for name, values in self._arrays.items():

@@ -163,6 +163,7 @@ class StoredWriter:
             raise
 
     def n_begun(self) -> int:
+        """Units whose record is there, sound or not, whoever wrote it; all once others have ended the fit."""
         return n_begun(self.partial) if self.partial.exists() else len(self.frame.live_units)
 
     def is_done(self, unit: int) -> bool:

@@ -57,10 +57,6 @@ class PassReport:
     bytes_read: int
     seconds: float
 
-    @property
-    def bytes_per_s(self) -> float:
-        return self.bytes_read / self.seconds if self.seconds > 0 else 0.0
-
 
 def plan_for(
     source: Source,
@@ -138,8 +134,9 @@ def run_pass(
     """
     frame = fits[0].work.frame
     unit_bytes = frame.rows * len(columns) * fmt.storage(source.dtype).numpy.itemsize
-    todo, resumed = _todo(fits, units)
-    n_units = len({u for fit in fits for u in _asked(fit, units)})
+    asked = [_asked(fit, units) for fit in fits]
+    todo, resumed = _todo(fits, asked)
+    n_units = len(set[int]().union(*asked))
     started, bytes_read = time.perf_counter(), 0
     progress.begin("fit", unit_bytes * n_units)
     progress.advance(unit_bytes * (n_units - len(todo)))
@@ -205,14 +202,17 @@ def _asked(fit: Fit, units: Sequence[int] | None) -> Sequence[int]:
     return live if units is None else sorted(set(units).intersection(live))
 
 
-def _todo(fits: Sequence[Fit], units: Sequence[int] | None) -> tuple[dict[int, list[int]], tuple[int, ...]]:
-    """Which fits lack a unit, by unit, in the order in which they are taken; how many each has already."""
+def _todo(
+    fits: Sequence[Fit], asked: Sequence[Sequence[int]]
+) -> tuple[dict[int, list[int]], tuple[int, ...]]:
+    """Which fits lack a unit that is asked of them, by unit, in the order in which they are taken; and how
+    many of its units each has already.
+    """
     todo: dict[int, list[int]] = {}
     resumed: list[int] = []
-    for at, fit in enumerate(fits):
-        asked = _asked(fit, units)
-        missing = _missing(fit.writer, asked)
-        resumed.append(len(asked) - len(missing))
+    for at, (fit, units) in enumerate(zip(fits, asked, strict=True)):
+        missing = _missing(fit.writer, units)
+        resumed.append(len(units) - len(missing))
         for unit in missing:
             todo.setdefault(unit, []).append(at)
     return (dict(sorted(todo.items())) if len(fits) > 1 else todo), tuple(resumed)

@@ -19,7 +19,8 @@ from cmdgpu.store import format as fmt
 from cmdgpu.streaming.device import CudaDevice
 from cmdgpu.trajectory import Trajectory
 from tests.harness import (
-    Ticks,
+    StopAfter,
+    Stopped,
     check_equals_definition,
     define,
     fit_bits,
@@ -88,22 +89,11 @@ def test_blocks_of_any_size_and_an_array_in_memory_give_the_same_bits(
     assert row_bits(fit(W)) == row_bits(large)
 
 
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(Ticks):
-    def advance(self, done_bytes: int) -> None:
-        super().advance(done_bytes)
-        if self.advances > 3:
-            raise Stopped
-
-
 @pytest.mark.usefixtures("unit_by_unit")
 def test_stopped_and_resumed_equals_uninterrupted(store: Path, tmp_path: Path) -> None:
     source, out = Trajectory.open(store), tmp_path / "out.zarr"
     with pytest.raises(Stopped):
-        fit(source, out=out, progress=StopAfter())
+        fit(source, out=out, progress=StopAfter(3))
     resumed = fit(source, out=out)
     assert 0 < resumed.metrics_["units_resumed"] < 7
     whole = fit(source, out=tmp_path / "whole.zarr")

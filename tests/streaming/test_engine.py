@@ -11,7 +11,6 @@ import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,13 +24,24 @@ from cmdgpu.notation import CONSTANT, NON_FINITE, UNWRITTEN, AnyArray
 from cmdgpu.results import Frame, MemoryWriter, StoredWriter, UnitRows
 from cmdgpu.sources import READS_IN_FLIGHT, StoreSource
 from cmdgpu.statistics import UnitStatistics
-from cmdgpu.store import view, zstd
+from cmdgpu.store import zstd
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.streaming.device import blocks_under_way, in_room
 from cmdgpu.streaming.direct import threads_for
 from cmdgpu.streaming.plan import WRITES_IN_FLIGHT
 from cmdgpu.trajectory import Trajectory
-from tests.harness import Ticks, check_equals_definition, fit_bits, planted, row_bits, walks, write_store
+from tests.harness import (
+    StopAfter,
+    Stopped,
+    Ticks,
+    check_equals_definition,
+    chunks_read,
+    fit_bits,
+    planted,
+    row_bits,
+    walks,
+    write_store,
+)
 from tests.verbs import flip_bit, tree_bytes
 
 T, ROWS = 20, 16384
@@ -164,23 +174,6 @@ def test_any_order_of_units_gives_the_same_bits(
         assert tree_bytes(tmp_path / "shuffled.zarr") == tree_bytes(tmp_path / "straight.zarr")
 
 
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(Ticks):
-    """Ends the fit once more than ``most`` advances were told."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most = most
-
-    def advance(self, done_bytes: int) -> None:
-        super().advance(done_bytes)
-        if self.advances > self._most:
-            raise Stopped
-
-
 @pytest.mark.usefixtures("unit_by_unit")
 def test_stopped_and_resumed_equals_uninterrupted(stores: dict[int, Path], tmp_path: Path) -> None:
     source = Trajectory.open(stores[16384])
@@ -285,25 +278,7 @@ def test_every_chunk_is_read_once(
     is_compressed: bool,
 ) -> None:
     source = Trajectory.open(compressed if is_compressed else stores[16384]).sel(stride=2)
-    read: list[str] = []
-    inner_fit, inner_checked, inner_chunk = ops.fit_files, ops.files.read_checked, view.read_chunk
-
-    def fit_files(dtype: str, references: Any, chunks: Any, *rest: Any) -> Any:
-        read.extend(chunks.names)
-        return inner_fit(dtype, references, chunks, *rest)
-
-    def read_checked(directory: str, names: Any, *rest: Any) -> Any:
-        read.extend(names)
-        return inner_checked(directory, names, *rest)
-
-    def read_chunk(path: Path, *rest: Any, **how: Any) -> Any:
-        if path.parent.name == "weights":
-            read.append(path.name)
-        return inner_chunk(path, *rest, **how)
-
-    monkeypatch.setattr(ops, "fit_files", fit_files)
-    monkeypatch.setattr(ops.files, "read_checked", read_checked)
-    monkeypatch.setattr(view, "read_chunk", read_chunk)
+    read = chunks_read(monkeypatch)
     cmd = fit(source)
     assert sorted(read) == sorted(f"c.{i}.{t}" for i in range(5) for t in range(0, T, 2)), route
     assert cmd.metrics_["bytes_read"] == 5 * ROWS * (T // 2) * 4
