@@ -139,25 +139,43 @@ def can_fit_files(dtype: str, n_snapshots: int, n_modes: int) -> bool:
 
 
 def fit_files(
-    dtype: str, references: Sequence[References], chunks: ChunkFiles, rows: int, coming: Sequence[str] | None
+    dtype: str,
+    references: Sequence[References],
+    chunks: ChunkFiles,
+    rows: int,
+    coming: Sequence[str] | None,
+    *,
+    past_cache: bool,
 ) -> list[RowFit] | None:
     """``assign_and_fit`` of the first rows of files, one per snapshot, against some sets of references.
 
     The files are read once. The fits of one set each, in that order, with the bits they have alone and one
     tensor ``ss`` for all; None when a file is not what it must be. ``coming`` names the files that this
-    thread will ask for next.
+    thread will ask for next; ``past_cache`` leaves the page cache to others.
     """
     modes = sum(one.modes for one in references)
     name, _ = choose(dtype, references[0].snapshots, modes, torch.device("cpu"))
     return kernels.fit_files(
-        name, dtype, references, chunks.directory, chunks.names, chunks.n_bytes, chunks.kept, rows, coming
+        name,
+        dtype,
+        references,
+        chunks.directory,
+        chunks.names,
+        chunks.n_bytes,
+        chunks.kept,
+        rows,
+        coming,
+        past_cache=past_cache,
     )
 
 
-def files_workspace_bytes(dtype: str, n_snapshots: int, modes: Sequence[int], threads: int) -> int:
+def files_workspace_bytes(
+    dtype: str, n_snapshots: int, modes: Sequence[int], threads: int, *, past_cache: bool = False
+) -> int:
     """Memory of ``threads`` calls of ``fit_files`` beside their outputs; ``modes`` of every set."""
     problem = _problem(dtype, n_snapshots, sum(modes), torch.device("cpu"))
-    return kernels.files_workspace_bytes(problem, threads) + kernels.workspace_bytes(problem, threads)
+    files = kernels.files_workspace_bytes(problem, threads, past_cache=past_cache)
+    return files + kernels.workspace_bytes(problem, threads)
 
 
 def _problem(dtype: str, n_snapshots: int, n_modes: int, device: torch.device) -> kernels.Problem:

@@ -312,9 +312,9 @@ def chunks_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     inner_fit, inner_checked, inner_chunk = ops.fit_files, ops.files.read_checked, view.read_chunk
 
-    def fit_files(dtype: str, references: Any, chunks: Any, *rest: Any) -> Any:
+    def fit_files(dtype: str, references: Any, chunks: Any, *rest: Any, **asked: Any) -> Any:
         read.extend(chunks.names)
-        return inner_fit(dtype, references, chunks, *rest)
+        return inner_fit(dtype, references, chunks, *rest, **asked)
 
     def read_checked(directory: str, names: Any, *rest: Any) -> Any:
         read.extend(names)

@@ -11,9 +11,11 @@ import sys
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -21,11 +23,24 @@ from cmdgpu import ops
 from cmdgpu.errors import StoreCorrupt
 from cmdgpu.notation import I64
 from cmdgpu.sources import READS_IN_FLIGHT, Source, StoreSource
+from cmdgpu.store import format as fmt
 from cmdgpu.store.view import StoreView
 from cmdgpu.streaming.passes import AssignAndFit
+from cmdgpu.streaming.plan import Plan
 
 _OTHER_FILES: Final = 256
 """Descriptors that are left to the rest of the process."""
+_WAITING: Final = 4
+"""Units for each of those threads where they wait for the disk, each for one file at a time."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How files are read, and how many units at a time: ``threads`` of them, and not fewer than ``least``."""
+
+    past_cache: bool
+    threads: int
+    least: int
 
 
 def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.device) -> int:
@@ -39,7 +54,31 @@ def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.de
         return 0
     if not ops.can_fit_files(source.dtype, n_snapshots, n_modes):
         return 0
-    return max(min(torch.get_num_threads(), (_most_files() - _OTHER_FILES) // max(n_snapshots, 1)), 0)
+    return min(torch.get_num_threads(), _most_units(n_snapshots))
+
+
+def ways(source: Source, n_snapshots: int, threads: int) -> list[Way]:
+    """Best first, where the page cache serves ``threads``.
+
+    The files of a pass that would push its own beginning out of the page cache are read without it, because
+    all that work, most of what the system does in a cold pass, would be for nothing. Nobody reads ahead
+    then, so it wants more units at a time, or is not done.
+    """
+    cached = Way(past_cache=False, threads=threads, least=1)
+    read = source.map.n_rows * n_snapshots * fmt.storage(source.dtype).numpy.itemsize
+    waiting = min(_WAITING * threads, _most_units(n_snapshots))
+    if read <= _free_bytes() // 2 or waiting < 2 * threads:
+        return [cached]
+    return [Way(past_cache=True, threads=waiting, least=2 * threads), cached]
+
+
+def _free_bytes() -> int:
+    """What the page cache may grow to."""
+    return psutil.virtual_memory().available
+
+
+def _most_units(n_snapshots: int) -> int:
+    return max((_most_files() - _OTHER_FILES) // max(n_snapshots, 1), 0)
 
 
 def _most_files() -> int:
@@ -57,22 +96,23 @@ def fitted_units(
     columns: I64,
     works: Sequence[AssignAndFit],
     todo: Mapping[int, Sequence[int]],
-    threads: int,
+    plan: Plan,
 ) -> Generator[tuple[int, list[tuple[Tensor, ...]], int]]:
     """(unit, outputs of every work that it is to be fitted by, bytes read), in the order of ``todo``.
 
     Raises StoreCorrupt naming file, tensor and step.
     """
     assert isinstance(source, StoreSource)
-    view, times, units = source.view, columns.tolist(), list(todo)
+    view, times, units, threads = source.view, columns.tolist(), list(todo), plan.threads
     with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="cmdgpu-read") as pool:
         for _ in pool.map(view.contact, times):
             pass
     n_bytes = len(times) * view.rows * view.storage.numpy.itemsize
 
     def fit(at: int) -> list[tuple[Tensor, ...]]:
-        coming = units[at + threads] if at + threads < len(units) else None
-        return _fit(view, times, [works[k] for k in todo[units[at]]], units[at], coming)
+        coming = units[at + threads] if at + threads < len(units) and not plan.past_cache else None
+        asked = [works[k] for k in todo[units[at]]]
+        return _fit(view, times, asked, units[at], coming, past_cache=plan.past_cache)
 
     # Threads inherit how their maker treats subnormals; the kernel's bits must not.
     with ThreadPoolExecutor(
@@ -92,7 +132,13 @@ def fitted_units(
 
 
 def _fit(
-    view: StoreView, times: list[int], works: Sequence[AssignAndFit], unit: int, coming: int | None
+    view: StoreView,
+    times: list[int],
+    works: Sequence[AssignAndFit],
+    unit: int,
+    coming: int | None,
+    *,
+    past_cache: bool,
 ) -> list[tuple[Tensor, ...]]:
     start, stop = works[0].frame.unit(unit)
     for _ in range(2):
@@ -102,6 +148,7 @@ def _fit(
             view.files(unit, times),
             stop - start,
             None if coming is None else view.files(coming, times).names,
+            past_cache=past_cache,
         )
         if fits is not None:
             return [(fit.mode, fit.a, fit.b, fit.correlation, fit.ss) for fit in fits]

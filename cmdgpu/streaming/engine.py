@@ -26,7 +26,7 @@ from cmdgpu.sources import Source
 from cmdgpu.statistics import totals_bytes
 from cmdgpu.store import format as fmt
 from cmdgpu.streaming.device import Pending, blocks_under_way, make_device
-from cmdgpu.streaming.direct import fitted_units, threads_for
+from cmdgpu.streaming.direct import fitted_units, threads_for, ways
 from cmdgpu.streaming.lanes import Shared, merged
 from cmdgpu.streaming.passes import AssignAndFit, workspace_bytes
 from cmdgpu.streaming.plan import WRITES_IN_FLIGHT, Plan, plan_direct, plan_pass
@@ -85,16 +85,20 @@ def plan_for(
     itemsize = fmt.storage(source.dtype).numpy.itemsize
     refused: MemoryLimitError | None = None
     threads = min(threads_for(source, n_snapshots, m, devices[0]) for m in modes) if len(devices) == 1 else 0
-    if threads:
+    for way in ways(source, n_snapshots, threads) if threads else ():
         try:
             return plan_direct(
                 n_units=frame.n_units,
                 rows=frame.rows,
                 itemsize=itemsize,
-                threads=threads,
+                threads=way.threads,
+                least=way.least,
+                past_cache=way.past_cache,
                 fits=fits,
                 fixed_bytes=written + kept,
-                thread_bytes=ops.files_workspace_bytes(source.dtype, n_snapshots, modes, 1),
+                thread_bytes=ops.files_workspace_bytes(
+                    source.dtype, n_snapshots, modes, 1, past_cache=way.past_cache
+                ),
                 limit_bytes=limit_bytes,
             )
         except MemoryLimitError as error:
@@ -142,7 +146,7 @@ def run_pass(
     progress.advance(unit_bytes * (n_units - len(todo)))
     works = [fit.work for fit in fits]
     if plan.threads:
-        computed = fitted_units(source, columns, works, todo, plan.threads)
+        computed = fitted_units(source, columns, works, todo, plan)
     else:
         blocks = Shared(_runs(list(todo), plan.units_per_block))
         busy = devices[: len(todo)]  # none where every unit is done already

@@ -39,6 +39,8 @@ class Plan:
     """Devices that take blocks at the same time, each with its own slots."""
     threads: int = 0
     """Units that are read and fitted at a time, straight from files; 0 for a pass through slots."""
+    past_cache: bool = False
+    """Whether files that the page cache does not hold are read without it."""
 
     def blocks(self) -> list[tuple[int, int]]:
         """[first, stop) units of every block, in order."""
@@ -52,28 +54,31 @@ def plan_direct(
     rows: int,
     itemsize: int,
     threads: int,
+    least: int,
+    past_cache: bool,
     fits: int,
     fixed_bytes: int,
     thread_bytes: int,
     limit_bytes: int,
 ) -> Plan:
-    """As many threads as fit the limit, up to ``threads``.
+    """As many threads as fit the limit, up to ``threads`` and not fewer than ``least``.
 
     needed = reserved + writers' + fixed + threads * (kernel's + rows * itemsize)
              + ((2 * threads + 2) * fits + writes) * rows * outputs
 
     A chunk for each thread, should a file be wrong; outputs of every fit under way, finished, taken, and as
-    they are written. Raises MemoryLimitError with both numbers when one thread does not fit.
+    they are written. Raises MemoryLimitError with both numbers when the least do not fit.
     """
 
     def needed(threads: int) -> int:
         outputs = ((2 * threads + 2) * fits + WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
         return _RESERVED + _WRITERS + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
 
-    for fewer in range(threads, 0, -1):
-        if needed(fewer) <= limit_bytes:
-            return Plan(1, 0, needed(fewer), limit_bytes, n_units, rows, threads=fewer)
-    raise _refusal(f"one unit ({rows} rows, straight from its files)", needed(1), limit_bytes, "")
+    for some in range(threads, least - 1, -1):
+        if needed(some) <= limit_bytes:
+            return Plan(1, 0, needed(some), limit_bytes, n_units, rows, threads=some, past_cache=past_cache)
+    what = "one unit" if least == 1 else f"{least} units"
+    raise _refusal(f"{what} ({rows} rows, straight from its files)", needed(least), limit_bytes, "")
 
 
 def plan_pass(

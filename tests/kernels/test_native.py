@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import mmap
 import os
 import platform
 import re
@@ -348,6 +350,62 @@ DAMAGES = [
     "gone", "short", "long", "a flipped bit", "a flipped bit of the CRC", "another whole file", "a link",
     "a FIFO",
 ]  # fmt: skip
+
+
+def evict(file: Path) -> bool:
+    """Whether the page cache let go of it, and would say so."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return not is_cached(file)
+    finally:
+        os.close(fd)
+
+
+def is_cached(file: Path) -> bool:
+    held = (ctypes.c_ubyte * 1)(2)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as pages:
+        address = ctypes.addressof(first := ctypes.c_char.from_buffer(pages))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), held) == 0
+        del first
+    return bool(held[0] & 1)
+
+
+@pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what its page cache holds")
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 3000, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_past_the_page_cache_there_are_the_same_bits_and_nothing_stays_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(from_files, "SNAPSHOT_BYTES", 8192)
+    monkeypatch.setattr(from_files, "PIECE_BYTES", 4096)
+    walked, R = walks(7, rows, 2)
+    W, names = walked.to(dtype), [f"c.{t}" for t in range(7)]
+    kept = write_files(tmp_path, W)
+    sets, name = [prepare_references(R)], str(dtype).removeprefix("torch.")
+
+    def fitted(*, past_cache: bool) -> list[bytes]:
+        fits = fit_files(
+            f"native-{READING[0]}", name, sets, str(tmp_path), names, W[0].nbytes, kept, rows,
+            past_cache=past_cache,
+        )  # fmt: skip
+        assert fits is not None
+        return [getattr(fits[0], field).numpy().tobytes() for field in FIELDS[:-1]]
+
+    if not all(evict(tmp_path / each) for each in names):
+        pytest.skip("this file system keeps its files in memory")
+    past = fitted(past_cache=True)
+    assert not any(is_cached(tmp_path / each) for each in names)
+    assert fitted(past_cache=False) == past
+    assert all(is_cached(tmp_path / each) for each in names)
+    assert fitted(past_cache=True) == past, "what is in memory is taken from there"
+    evict(tmp_path / names[3])
+    _damage("a flipped bit of the CRC", tmp_path / names[3], W[0].nbytes)
+    evict(tmp_path / names[3])
+    call = (f"native-{READING[0]}", name, sets, str(tmp_path), names, W[0].nbytes, kept, rows)
+    assert fit_files(*call, past_cache=True) is None
 
 
 @pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")

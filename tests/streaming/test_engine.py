@@ -27,7 +27,7 @@ from cmdgpu.statistics import UnitStatistics
 from cmdgpu.store import zstd
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.streaming.device import blocks_under_way, in_room
-from cmdgpu.streaming.direct import threads_for
+from cmdgpu.streaming.direct import Way, threads_for, ways
 from cmdgpu.streaming.plan import WRITES_IN_FLIGHT
 from cmdgpu.trajectory import Trajectory
 from tests.harness import (
@@ -70,14 +70,18 @@ def unit_by_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 DIRECT = ops.can_fit_files("float32", 20, 4)
-ROUTES = ["direct", "slots", "plain"]
+ROUTES = ["direct", "past the cache", "slots", "plain"]
 
 
 def take(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of a pass from a store: straight from files, through slots, and without a compiled reader."""
-    if route == "direct" and not DIRECT:
+    """The way of a pass from a store: straight from files, the same of a store that no page cache could hold,
+    through slots, and without a compiled reader."""
+    straight = route in ("direct", "past the cache")
+    if straight and not DIRECT:
         pytest.skip("no compiled kernel that reads files: see `cmdgpu doctor`")
-    if route != "direct":
+    if route == "past the cache":
+        monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 0)
+    if not straight:
 
         def no_threads(*_: object) -> int:
             return 0
@@ -291,7 +295,7 @@ def test_files_that_change_between_two_looks_are_an_error(
     take("direct", monkeypatch)
     asked: list[int] = []
 
-    def wrong(*_: object) -> None:
+    def wrong(*_: object, **__: object) -> None:
         asked.append(1)
 
     monkeypatch.setattr(ops, "fit_files", wrong)
@@ -318,6 +322,18 @@ def test_a_callers_treatment_of_subnormals_changes_no_bit(tmp_path: Path) -> Non
     assert row_bits(flushed) == row_bits(plain)
 
 
+def test_the_page_cache_is_left_alone_by_what_it_could_not_keep(
+    stores: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Trajectory.open(stores[16384]).source
+    read = source.map.n_rows * T * 4
+    monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 2 * read)
+    cached = Way(past_cache=False, threads=2, least=1)
+    assert ways(source, T, 2) == [cached]
+    monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 2 * read - 2)
+    assert ways(source, T, 2) == [Way(past_cache=True, threads=8, least=4), cached]
+
+
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     take("direct", monkeypatch)
     source = StoreSource.__new__(StoreSource)
@@ -326,6 +342,11 @@ def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pyt
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))  # pyright: ignore
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert [threads_for(source, n, 4, cpu) for n in (10, 100, 384, 768, 769)] == [8, 7, 2, 1, 0]
+    source.view.map = SimpleNamespace(n_rows=10)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 0)
+    assert [way.threads for way in ways(source, 10, 8)] == [32, 8]
+    assert [way.threads for way in ways(source, 50, 4)] == [15, 4], "no more files than may be open"
+    assert [way.threads for way in ways(source, 100, 4)] == [4], "too few to keep a disk busy"
     monkeypatch.setattr("resource.getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)  # pyright: ignore
     assert threads_for(source, 100_000, 4, cpu) == 8
     assert threads_for(source, 10, 4, torch.device("cuda")) == 0

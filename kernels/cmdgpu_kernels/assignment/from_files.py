@@ -27,6 +27,13 @@ PIECE_BYTES = 4 << 20
 """Of all snapshots together: 5.4 GB/s with 1 MiB, 6.2 with 4, 6.3 with 8 (two threads of a Xeon, T = 100)."""
 PADDING = 64
 """Bytes between the snapshots of a piece: a power-of-two stride puts all of them in the same cache sets."""
+BLOCK = 4096
+"""Of a disk. What is read past the page cache begins and ends at a multiple of it in the file, and at one of 512
+in memory; a snapshot's CRC may come in a block of its own."""
+BLOCK_PADDING = BLOCK + 512
+MOST_BYTES, SNAPSHOT_BYTES = 32 << 20, 512 << 10
+"""Past the page cache a request must be worth the disk's while: with T = 100, 12 s in pieces of 4 MiB, 7 in 12
+and 6 in 25, where the page cache took 8 to 10 (two threads of an EPYC, 9.6 GB)."""
 
 
 class _Pieces(ctypes.Structure):
@@ -35,6 +42,7 @@ class _Pieces(ctypes.Structure):
     _fields_ = (
         ("files", files.Files),
         ("coming", ctypes.c_char_p),
+        ("past_cache", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("buffer", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
@@ -54,16 +62,19 @@ def can_fit_files(implementation: str) -> bool:
     return _path(implementation) is not None
 
 
-def piece_rows(snapshots: int, itemsize: int) -> int:
-    """A multiple of the kernel's tile."""
-    return max(PIECE_BYTES // (snapshots * itemsize) // 64, 8) * 64
+def _piece(snapshots: int, itemsize: int, *, past_cache: bool) -> tuple[int, int]:
+    """Rows of a piece and bytes between its snapshots. Whole blocks of the disk, so multiples of the tile."""
+    size = PIECE_BYTES
+    if past_cache:
+        size = max(size, min(MOST_BYTES, snapshots * SNAPSHOT_BYTES))
+    blocks = max(size // (snapshots * BLOCK), 1)
+    return blocks * BLOCK // itemsize, blocks * BLOCK + (BLOCK_PADDING if past_cache else PADDING)
 
 
-def files_workspace_bytes(problem: Problem, threads: int) -> int:
+def files_workspace_bytes(problem: Problem, threads: int, *, past_cache: bool = False) -> int:
     """Memory of ``threads`` calls beside the outputs and the kernel's own workspace."""
-    itemsize = 4 if problem.dtype == "float32" else 2
-    piece = problem.snapshots * (piece_rows(problem.snapshots, itemsize) * itemsize + PADDING + 8)
-    return threads * (piece + library.LINE)
+    _, stride = _piece(problem.snapshots, 4 if problem.dtype == "float32" else 2, past_cache=past_cache)
+    return threads * (problem.snapshots * (stride + 8) + BLOCK)
 
 
 _own = threading.local()
@@ -80,23 +91,26 @@ def fit_files(
     kept: Sequence[bytes],
     rows: int,
     coming: Sequence[str] | None = None,
+    *,
+    past_cache: bool = False,
 ) -> list[RowFit] | None:
     """Fit the first ``rows`` rows of files that hold one snapshot each, in this thread.
 
     One fit for every set of references, of which there is at least one, each with the bits that it has alone;
     they share the tensor ``ss``. Every file holds ``n_bytes`` of elements and their CRC-32C, which must be
     the ``kept`` one. None when a file is not what it must be. ``coming`` are files that will be asked for
-    next: a cold disk is told ahead.
+    next: a cold disk is told ahead. ``past_cache``: files that the page cache does not hold are read without
+    it, which costs half the time of the processor and leaves nothing for who reads them next; the disk is
+    then told nothing, and wants to be asked by several threads.
     """
     path = _path(implementation)
     assert path is not None and {len(kept), *(references.snapshots for references in sets)} == {len(names)}
     itemsize = 4 if dtype == "float32" else 2
-    step = piece_rows(len(names), itemsize)
-    stride = step * itemsize + PADDING
-    size = len(names) * (stride + 8) + library.LINE
+    step, stride = _piece(len(names), itemsize, past_cache=past_cache)
+    size = len(names) * stride + BLOCK
     if getattr(_own, "size", 0) != size:
         _own.buffer, _own.size = np.empty(size, dtype=np.uint8), size
-    place = library.aligned(_own.buffer.ctypes.data)
+    place = -(-_own.buffer.ctypes.data // BLOCK) * BLOCK
     fits = outputs(rows, len(sets))
     call = native_impl.Call(path, sets, fits, dtype)
     crcs = np.frombuffer(b"".join(kept), dtype="<u4")
@@ -110,6 +124,7 @@ def fit_files(
             kept=crcs.ctypes.data,
         ),
         coming=None if coming is None else files.joined(coming),
+        past_cache=past_cache,
         rows=step,
         buffer=place,
         stride=stride,

@@ -22,6 +22,7 @@
 // still has them. Where the target has no instruction for that CRC it answers that it cannot.
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -482,8 +483,9 @@ struct Files {  // native.files, field by field
 struct Pieces {  // assignment.from_files, field by field
     Files files;         // one per snapshot
     const char *coming;  // names of the files that this thread will ask for next, or null
-    int64_t rows;        // of one piece
-    char *buffer;        // (snapshots, stride) bytes
+    int64_t past_cache;  // whether files that are not in the page cache shall not get there
+    int64_t rows;        // of one piece; past the cache whole blocks of the disk
+    char *buffer;        // (snapshots, stride) bytes; past the cache on a block's edge, with room for one more
     int64_t stride;
     int32_t *open;       // (snapshots,) descriptors
     uint32_t *crcs;      // (snapshots,)
@@ -566,11 +568,18 @@ uint32_t crc32c(uint32_t begun, const char *place, int64_t bytes) {
     return ~uint32_t(crc);
 }
 
-// Exactly ``bytes`` from ``offset`` on.
-bool read_all(int fd, char *place, int64_t bytes, int64_t offset) {
+constexpr int64_t BLOCK = 4096;  // of a disk: what is read past the page cache begins and ends at a multiple
+
+// ``bytes`` from ``offset`` on; past the cache whole blocks are asked for, the last of which the file may not fill.
+bool read_all(int fd, char *place, int64_t bytes, int64_t offset, bool past_cache = false) {
     while (bytes > 0) {
-        const ssize_t got = pread(fd, place, bytes, offset);
+        const int64_t asked = past_cache ? (bytes + BLOCK - 1) / BLOCK * BLOCK : bytes;
+        const ssize_t got = pread(fd, place, asked, offset);
         if (got < 0 && errno == EINTR) continue;
+        if (got < 0 && errno == EINVAL && past_cache) {  // a disk with wishes of its own
+            past_cache = false;
+            if (fcntl(fd, F_SETFL, 0) == 0) continue;
+        }
         if (got <= 0) return false;
         place += got, bytes -= got, offset += got;
     }
@@ -591,32 +600,61 @@ bool read_file(int fd, char *place, int64_t bytes, uint32_t kept) {
 
 // ---- fit_files: read_checked and assign_and_fit in one ----------------------------------------------------
 
-// Whether the file's first byte is in memory; if not, the disk is asked for the whole file.
-bool is_warm(int fd, int64_t bytes) {
-#if defined(RWF_NOWAIT) && defined(POSIX_FADV_WILLNEED)
+// Whether the file's first byte is in memory. mincore fetches nothing, but of what it may not tell it says "yes".
+bool is_warm(int fd) {
+#if defined(RWF_NOWAIT)
+    void *const page = mmap(nullptr, 1, PROT_READ, MAP_SHARED, fd, 0);
+    if (page != MAP_FAILED) {
+        unsigned char held = 1;
+        const bool cold = mincore(page, 1, &held) == 0 && !(held & 1);
+        munmap(page, 1);
+        if (cold) return false;
+    }
     char byte;
     iovec one{&byte, 1};
-    if (preadv2(fd, &one, 1, 0, RWF_NOWAIT) >= 0 || errno != EAGAIN) return true;
+    return preadv2(fd, &one, 1, 0, RWF_NOWAIT) >= 0 || errno != EAGAIN;
+#else
+    (void)fd;
+    return true;
+#endif
+}
+
+// The disk is asked for the whole file.
+void announce(int fd, int64_t bytes) {
+#if defined(POSIX_FADV_WILLNEED)
     posix_fadvise(fd, 0, bytes + 4, POSIX_FADV_WILLNEED);
-    return false;
 #else
     (void)fd, (void)bytes;
-    return true;
+#endif
+}
+
+// What is read from here on goes straight to its place.
+bool leave_cache(int fd) {
+#if defined(O_DIRECT)
+    return fcntl(fd, F_SETFL, O_DIRECT) == 0;
+#else
+    (void)fd;
+    return false;
 #endif
 }
 
 // A few rows of every snapshot at a time, which the cache still has when they are fitted: the memory sees each
 // byte once. The CRCs are known at the end only; the outputs are nothing to rely on unless the answer is true.
 template <class Element>
-bool fit_pieces(const Arguments &arg, const Pieces &pieces) {
+bool fit_pieces(const Arguments &arg, const Pieces &pieces, bool past_cache) {
     constexpr int64_t SIZE = sizeof(typename Element::Stored);
     const int64_t all = pieces.files.bytes / SIZE;
     for (int64_t first = 0; first < all; first += pieces.rows) {
-        const int64_t here = all - first < pieces.rows ? all - first : pieces.rows;
+        const int64_t here = all - first < pieces.rows ? all - first : pieces.rows, bytes = here * SIZE;
+        const bool last = first + here == all;
         for (int64_t t = 0; t < arg.snapshots; t++) {
             char *place = pieces.buffer + t * pieces.stride;
-            if (!read_all(pieces.open[t], place, here * SIZE, first * SIZE)) return false;
-            pieces.crcs[t] = crc32c(pieces.crcs[t], place, here * SIZE);
+            if (!read_all(pieces.open[t], place, bytes + (last ? 4 : 0), first * SIZE, past_cache)) return false;
+            pieces.crcs[t] = crc32c(pieces.crcs[t], place, bytes);
+            if (!last) continue;
+            uint32_t carried;
+            std::memcpy(&carried, place + bytes, 4);
+            if (carried != pieces.files.kept[t] || pieces.crcs[t] != carried) return false;
         }
         const int64_t live = arg.rows - first < here ? arg.rows - first : here;
         if (live <= 0) continue;
@@ -627,11 +665,6 @@ bool fit_pieces(const Arguments &arg, const Pieces &pieces) {
         part.rows = first + live;
         part.first = first;
         fit<Element>(part, first, first + live);
-    }
-    for (int64_t t = 0; t < arg.snapshots; t++) {
-        uint32_t carried;
-        if (!read_all(pieces.open[t], reinterpret_cast<char *>(&carried), 4, pieces.files.bytes)) return false;
-        if (carried != pieces.files.kept[t] || pieces.crcs[t] != carried) return false;
     }
     return true;
 }
@@ -644,19 +677,25 @@ bool fit_files(const Arguments &arg, const Pieces &pieces) {
     for (; right && opened < arg.snapshots; name += std::strlen(name) + 1) {
         const int fd = open_file(directory, name, pieces.files.bytes);
         right = fd >= 0;
-        if (right) pieces.open[opened++] = fd, warm &= is_warm(fd, pieces.files.bytes);
+        if (right) pieces.open[opened++] = fd, warm &= is_warm(fd);
     }
-    if (right && !warm && pieces.coming) {
+    bool past_cache = pieces.past_cache && !warm;
+    if (right && !warm)
+        for (int64_t t = 0; t < opened; t++) {
+            past_cache = past_cache && leave_cache(pieces.open[t]);
+            if (!past_cache) announce(pieces.open[t], pieces.files.bytes);
+        }
+    if (right && !warm && !past_cache && pieces.coming) {
         name = pieces.coming;
         for (int64_t t = 0; t < arg.snapshots; t++, name += std::strlen(name) + 1) {
             const int fd = open_file(directory, name, pieces.files.bytes);
-            if (fd >= 0) is_warm(fd, pieces.files.bytes), close(fd);
+            if (fd >= 0) announce(fd, pieces.files.bytes), close(fd);
         }
     }
     if (right) switch (arg.dtype) {
-        case 0: right = fit_pieces<Float32>(arg, pieces); break;
-        case 1: right = fit_pieces<Float16>(arg, pieces); break;
-        case 2: right = fit_pieces<BFloat16>(arg, pieces); break;
+        case 0: right = fit_pieces<Float32>(arg, pieces, past_cache); break;
+        case 1: right = fit_pieces<Float16>(arg, pieces, past_cache); break;
+        case 2: right = fit_pieces<BFloat16>(arg, pieces, past_cache); break;
     }
     for (int64_t t = 0; t < opened; t++) close(pieces.open[t]);
     if (directory >= 0) close(directory);
