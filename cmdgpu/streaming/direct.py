@@ -30,8 +30,8 @@ from cmdgpu.streaming.plan import Plan
 
 _OTHER_FILES: Final = 256
 """Descriptors that are left to the rest of the process."""
-_WAITING: Final = 4
-"""Units for each of those threads where they wait for the disk, each for one file at a time."""
+_WAITING: Final = 2
+"""Units for each of those threads where they wait for the disk: one is fitted while another begins."""
 
 
 @dataclass(frozen=True)

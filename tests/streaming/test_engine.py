@@ -331,7 +331,7 @@ def test_the_page_cache_is_left_alone_by_what_it_could_not_keep(
     cached = Way(past_cache=False, threads=2, least=1)
     assert ways(source, T, 2) == [cached]
     monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 2 * read - 2)
-    assert ways(source, T, 2) == [Way(past_cache=True, threads=8, least=4), cached]
+    assert ways(source, T, 2) == [Way(past_cache=True, threads=4, least=4), cached]
 
 
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,8 +344,8 @@ def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pyt
     assert [threads_for(source, n, 4, cpu) for n in (10, 100, 384, 768, 769)] == [8, 7, 2, 1, 0]
     source.view.map = SimpleNamespace(n_rows=10)  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 0)
-    assert [way.threads for way in ways(source, 10, 8)] == [32, 8]
-    assert [way.threads for way in ways(source, 50, 4)] == [15, 4], "no more files than may be open"
+    assert [way.threads for way in ways(source, 10, 8)] == [16, 8]
+    assert [way.threads for way in ways(source, 100, 3)] == [6, 3], "no more files than may be open"
     assert [way.threads for way in ways(source, 100, 4)] == [4], "too few to keep a disk busy"
     monkeypatch.setattr("resource.getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)  # pyright: ignore
     assert threads_for(source, 100_000, 4, cpu) == 8

@@ -28,12 +28,14 @@ PIECE_BYTES = 4 << 20
 PADDING = 64
 """Bytes between the snapshots of a piece: a power-of-two stride puts all of them in the same cache sets."""
 BLOCK = 4096
-"""Of a disk. What is read past the page cache begins and ends at a multiple of it in the file, and at one of 512
-in memory; a snapshot's CRC may come in a block of its own."""
+"""Of a disk. What is read past the page cache begins and ends at a multiple of it in the file, and at one of
+512 in memory; a snapshot's CRC may come in a block of its own."""
 BLOCK_PADDING = BLOCK + 512
-MOST_BYTES, SNAPSHOT_BYTES = 32 << 20, 512 << 10
-"""Past the page cache a request must be worth the disk's while: with T = 100, 12 s in pieces of 4 MiB, 7 in 12
-and 6 in 25, where the page cache took 8 to 10 (two threads of an EPYC, 9.6 GB)."""
+MOST_BYTES, SNAPSHOT_BYTES = 16 << 20, 512 << 10
+"""Of a piece past the page cache, where the next one is under way while it is fitted: much at a time, because
+a disk gives its rate to who asks for much."""
+_REQUEST_BYTES = 128
+"""What the compiled code keeps of a request."""
 
 
 class _Pieces(ctypes.Structure):
@@ -74,7 +76,8 @@ def _piece(snapshots: int, itemsize: int, *, past_cache: bool) -> tuple[int, int
 def files_workspace_bytes(problem: Problem, threads: int, *, past_cache: bool = False) -> int:
     """Memory of ``threads`` calls beside the outputs and the kernel's own workspace."""
     _, stride = _piece(problem.snapshots, 4 if problem.dtype == "float32" else 2, past_cache=past_cache)
-    return threads * (problem.snapshots * (stride + 8) + BLOCK)
+    pieces = 2 if past_cache else 1
+    return threads * (pieces * (problem.snapshots * stride + BLOCK) + problem.snapshots * _REQUEST_BYTES)
 
 
 _own = threading.local()
@@ -107,14 +110,14 @@ def fit_files(
     assert path is not None and {len(kept), *(references.snapshots for references in sets)} == {len(names)}
     itemsize = 4 if dtype == "float32" else 2
     step, stride = _piece(len(names), itemsize, past_cache=past_cache)
-    size = len(names) * stride + BLOCK
+    size = (2 if past_cache else 1) * (len(names) * stride + BLOCK)
     if getattr(_own, "size", 0) != size:
         _own.buffer, _own.size = np.empty(size, dtype=np.uint8), size
     place = -(-_own.buffer.ctypes.data // BLOCK) * BLOCK
     fits = outputs(rows, len(sets))
     call = native_impl.Call(path, sets, fits, dtype)
     crcs = np.frombuffer(b"".join(kept), dtype="<u4")
-    small = np.zeros((2, len(names)), dtype=np.int32)
+    small = np.zeros((3, len(names)), dtype=np.int32)
     pieces = _Pieces(
         files=files.Files(
             directory=os.fsencode(directory),
@@ -129,7 +132,7 @@ def fit_files(
         buffer=place,
         stride=stride,
         open=small[0].ctypes.data,
-        crcs=small[1].ctypes.data,
+        crcs=small[2].ctypes.data,
     )
     compiled = library.load(path)
     compiled.cmdgpu_fit_files.restype = ctypes.c_int64

@@ -30,8 +30,17 @@
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
+
+#if defined(__linux__) && __has_include(<linux/aio_abi.h>)
+#define HAS_AIO 1
+#include <linux/aio_abi.h>
+#include <sys/syscall.h>
+#else
+#define HAS_AIO 0
+#endif
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, VECTORS = 4;  // 32 registers: 4 x 6 sums, 4 rows, one factor
@@ -485,9 +494,9 @@ struct Pieces {  // assignment.from_files, field by field
     const char *coming;  // names of the files that this thread will ask for next, or null
     int64_t past_cache;  // whether files that are not in the page cache shall not get there
     int64_t rows;        // of one piece; past the cache whole blocks of the disk
-    char *buffer;        // (snapshots, stride) bytes; past the cache on a block's edge, with room for one more
+    char *buffer;        // (snapshots, stride) bytes; past the cache two of these, on a block's edge, a block too long
     int64_t stride;
-    int32_t *open;       // (snapshots,) descriptors
+    int32_t *open;       // (2, snapshots): descriptors, and which of them have given what is looked at
     uint32_t *crcs;      // (snapshots,)
 };
 
@@ -638,33 +647,151 @@ bool leave_cache(int fd) {
 #endif
 }
 
+// Reads past the cache that are under way: one of every file at once, because a disk gives its rate to who asks
+// for much at a time. Where the kernel takes no such requests nothing arrives, and the files are read in turn.
+class UnderWay {
+  public:
+    UnderWay() = default;
+    UnderWay(const UnderWay &) = delete;
+    UnderWay &operator=(const UnderWay &) = delete;
+
+#if HAS_AIO
+    ~UnderWay() { close(); }
+
+    void begin(const int32_t *files, int64_t count, char *place, int64_t stride, int64_t bytes, int64_t offset) {
+        if (!has_room(count)) return;
+        for (int64_t t = 0; t < count; t++) {
+            requests[t] = iocb{};
+            requests[t].aio_lio_opcode = IOCB_CMD_PREAD;
+            requests[t].aio_fildes = uint32_t(files[t]);
+            requests[t].aio_buf = uint64_t(place + t * stride);
+            requests[t].aio_nbytes = uint64_t((bytes + BLOCK - 1) / BLOCK * BLOCK);
+            requests[t].aio_offset = offset;
+            requests[t].aio_data = uint64_t(t);
+            list[t] = &requests[t];
+        }
+        while (asked < count) {
+            const long taken = syscall(SYS_io_submit, context, long(count - asked), list + asked);
+            if (taken > 0) asked += taken;
+            else if (taken == 0 || errno != EINTR) break;
+        }
+    }
+
+    // Waits for all of them; ``bytes`` says how many have come of file t, not more than were asked for.
+    template <class Arrived>
+    void end(Arrived arrived) {
+        while (asked > 0) {
+            const long came = syscall(SYS_io_getevents, context, 1L, long(asked), events, nullptr);
+            if (came < 0 && errno != EINTR) std::abort();  // the buffer is the kernel's, and it will not give it back
+            for (long i = 0; i < came; i++) arrived(int64_t(events[i].data), int64_t(events[i].res));
+            asked -= came > 0 ? came : 0;
+        }
+    }
+
+  private:
+    aio_context_t context = 0;  // kept from unit to unit: to end one takes milliseconds
+    int64_t room = 0, asked = 0;
+    iocb *requests = nullptr, **list = nullptr;
+    io_event *events = nullptr;
+
+    bool has_room(int64_t count) {
+        if (room >= count) return true;
+        close();
+        requests = static_cast<iocb *>(std::malloc(count * sizeof *requests));
+        list = static_cast<iocb **>(std::malloc(count * sizeof *list));
+        events = static_cast<io_event *>(std::malloc(count * sizeof *events));
+        if (requests && list && events && syscall(SYS_io_setup, long(count), &context) == 0) room = count;
+        return room >= count;
+    }
+
+    void close() {
+        if (room) syscall(SYS_io_destroy, context);
+        std::free(requests), std::free(list), std::free(events);
+        requests = nullptr, list = nullptr, events = nullptr, context = 0, room = 0;
+    }
+#else
+    void begin(const int32_t *, int64_t, char *, int64_t, int64_t, int64_t) {}
+    template <class Arrived>
+    void end(Arrived) {}
+#endif
+};
+
+// The pieces of files, one after the other; past the cache the next one is under way meanwhile.
+class Reading {
+  public:
+    Reading(const Pieces &pieces, int64_t size, int64_t snapshots, bool past_cache)
+        : pieces(pieces), size(size), snapshots(snapshots), past_cache(past_cache) {
+        if (past_cache) ask(0);
+    }
+    ~Reading() { under_way().end([](int64_t, int64_t) {}); }
+    Reading(const Reading &) = delete;
+    Reading &operator=(const Reading &) = delete;
+
+    // The rows from ``first`` on, checked as far as they go, or null.
+    char *piece(int64_t first) {
+        char *const buffer = place(first);
+        for (int64_t t = 0; t < snapshots; t++) pieces.open[snapshots + t] = false;
+        const int64_t bytes = wanted(first);
+        under_way().end([=](int64_t t, int64_t got) { pieces.open[snapshots + t] = got >= bytes; });
+        if (past_cache) ask(first + pieces.rows);
+        for (int64_t t = 0; t < snapshots; t++) {
+            char *const values = buffer + t * pieces.stride;
+            const bool came = pieces.open[snapshots + t];
+            if (!came && !read_all(pieces.open[t], values, bytes, first * size, past_cache)) return nullptr;
+            const int64_t elements = bytes - (is_last(first) ? 4 : 0);
+            pieces.crcs[t] = crc32c(pieces.crcs[t], values, elements);
+            if (!is_last(first)) continue;
+            uint32_t carried;
+            std::memcpy(&carried, values + elements, 4);
+            if (carried != pieces.files.kept[t] || pieces.crcs[t] != carried) return nullptr;
+        }
+        return buffer;
+    }
+
+    int64_t rows() const { return pieces.files.bytes / size; }
+
+  private:
+    const Pieces &pieces;
+    const int64_t size, snapshots;
+    const bool past_cache;
+
+    static UnderWay &under_way() {
+        static thread_local UnderWay own;
+        return own;
+    }
+    bool is_last(int64_t first) const { return first + pieces.rows >= rows(); }
+    // of a piece, and with the last one the CRC
+    int64_t wanted(int64_t first) const {
+        return is_last(first) ? pieces.files.bytes - first * size + 4 : pieces.rows * size;
+    }
+    char *place(int64_t first) const {
+        const int64_t one = (snapshots * pieces.stride + BLOCK - 1) / BLOCK * BLOCK;
+        return pieces.buffer + (past_cache && first / pieces.rows % 2 ? one : 0);
+    }
+    void ask(int64_t first) {
+        if (first >= rows()) return;
+        under_way().begin(pieces.open, snapshots, place(first), pieces.stride, wanted(first), first * size);
+    }
+};
+
 // A few rows of every snapshot at a time, which the cache still has when they are fitted: the memory sees each
 // byte once. The CRCs are known at the end only; the outputs are nothing to rely on unless the answer is true.
 template <class Element>
 bool fit_pieces(const Arguments &arg, const Pieces &pieces, bool past_cache) {
     constexpr int64_t SIZE = sizeof(typename Element::Stored);
-    const int64_t all = pieces.files.bytes / SIZE;
-    for (int64_t first = 0; first < all; first += pieces.rows) {
-        const int64_t here = all - first < pieces.rows ? all - first : pieces.rows, bytes = here * SIZE;
-        const bool last = first + here == all;
-        for (int64_t t = 0; t < arg.snapshots; t++) {
-            char *place = pieces.buffer + t * pieces.stride;
-            if (!read_all(pieces.open[t], place, bytes + (last ? 4 : 0), first * SIZE, past_cache)) return false;
-            pieces.crcs[t] = crc32c(pieces.crcs[t], place, bytes);
-            if (!last) continue;
-            uint32_t carried;
-            std::memcpy(&carried, place + bytes, 4);
-            if (carried != pieces.files.kept[t] || pieces.crcs[t] != carried) return false;
-        }
-        const int64_t live = arg.rows - first < here ? arg.rows - first : here;
-        if (live <= 0) continue;
+    Reading reading(pieces, SIZE, arg.snapshots, past_cache);
+    for (int64_t first = 0; first < reading.rows(); first += pieces.rows) {
+        const char *const values = reading.piece(first);
+        if (!values) return false;
+        const int64_t stop = first + pieces.rows < arg.rows ? first + pieces.rows : arg.rows;
+        if (stop <= first) continue;
         Arguments part = arg;
-        part.W = pieces.buffer;
+        part.W = values;
         part.stride_t = pieces.stride / SIZE;
         part.stride_n = 1;
-        part.rows = first + live;
+        part.rows = stop;
         part.first = first;
-        fit<Element>(part, first, first + live);
+        fit<Element>(part, first, stop);
     }
     return true;
 }
