@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, MemoryLimitError, UsageError, printable
+from cmdgpu.profiles import Objective, References
 from cmdgpu.progress import Progress
 from cmdgpu.store import format as fmt
 from cmdgpu.store.places import Named, Place, place_of
@@ -57,6 +58,9 @@ def fit_grid(
     n_samples: int = 1000,
     sampling: str = "layer-balanced",
     affinity: str = "abs-corr",
+    references: References = "row",
+    refine: int = 0,
+    objective: Objective = "energy",
     device: str = "auto",
     executor: Any = None,
     buffers: Literal["fit", "skip"] = "fit",
@@ -73,6 +77,7 @@ def fit_grid(
     threshold   cut the clustering there instead of at ``n_modes``
     per_module  one fit for each network: for each first component of the tensors' names
     selection   snapshots and tensors, of all stores alike
+    refine      rounds that every fit makes by itself, each a pass, before the one that they share
 
     The result of ``runs/a.zarr`` at M = 5 with seed 0 is ``out/a.m5.s0.cmd.zarr`` (``a.generator.m5...`` for
     a module, ``a.t0.1...`` for a threshold). Raises UsageError, before anything is read, for a grid that
@@ -105,6 +110,9 @@ def fit_grid(
                 affinity=affinity,
                 random_state=seed,
                 device=device,
+                references=references,
+                refine=refine,
+                objective=objective,
             )
             of_module = traj if module is None else traj.sel(params=[_pattern_of(module)])
             fits.append((GridFit(store, place / file, module, seed, cmd), of_module))

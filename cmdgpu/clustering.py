@@ -13,6 +13,7 @@ from scipy.spatial.distance import squareform  # pyright: ignore[reportMissingTy
 
 from cmdgpu.errors import CmdgpuWarning, UsageError
 from cmdgpu.notation import CONSTANT, F64, I16, I64, MAX_MODES, NON_FINITE, BoolArray
+from cmdgpu.profiles import centred
 from cmdgpu.registry import Registry
 
 _HIERARCHY: Any = scipy.cluster.hierarchy  # SciPy ships no types
@@ -38,19 +39,16 @@ class Clustering:
 def moving_rows(sample_kt: F64) -> tuple[F64, I16]:
     """Centred unit-norm rows (K, T), and why a row has none: 0 moving, -1 constant, -2 non-finite.
 
-    Rows are shifted by their first snapshot before their mean is taken, and the limits of float32 apply, so
-    that a row is constant here exactly when it is in the pass.
+    The limits of float32 apply, so that a row is constant here exactly when it is in the pass.
     """
     finite = cast(BoolArray, np.all(np.isfinite(sample_kt), axis=1))[:, None]
-    known = np.where(finite, sample_kt, 0.0)
-    shifted = known - known[:, :1]
-    centred = shifted - shifted.mean(axis=1, keepdims=True)
-    ss = np.einsum("kt,kt->k", centred, centred)
+    x = centred(np.where(finite, sample_kt, 0.0))
+    ss = np.einsum("kt,kt->k", x, x)
     why = np.zeros(len(sample_kt), dtype=np.int16)
     why[ss < float(_FLOAT32.tiny)] = CONSTANT
     why[~finite[:, 0] | (ss > float(_FLOAT32.max))] = NON_FINITE
     norm = np.sqrt(np.where(why == 0, ss, 1.0))
-    return np.where((why == 0)[:, None], centred / norm[:, None], 0.0), why
+    return np.where((why == 0)[:, None], x / norm[:, None], 0.0), why
 
 
 def absolute_correlation(sample_kt: F64) -> F64:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -13,10 +13,13 @@ import numpy as np
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, StepNotFound, UsageError, printable
 from cmdgpu.fitting import Asked, Settings, fit_all
 from cmdgpu.memory import parse_bytes, show_bytes
-from cmdgpu.notation import F32, F64, I16, I64, NON_FINITE, AnyArray
+from cmdgpu.miniature import Rule
+from cmdgpu.notation import F32, F64, I16, I64, NO_ROW, NON_FINITE, AnyArray
+from cmdgpu.profiles import Objective, ProfileAt, References, sample_fits
 from cmdgpu.progress import Progress, Silent
+from cmdgpu.quality import Quality, Sampled, assess, rows_at_hand
 from cmdgpu.results import Result, RowArray, StoredRows, open_result
-from cmdgpu.statistics import summarise_buffers, tensor_shares
+from cmdgpu.statistics import fraction_below, summarise_buffers, tensor_shares
 from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import nearest_steps
 from cmdgpu.store.parameter_map import TensorEntry
@@ -47,6 +50,12 @@ class CMD:
     affinity      "abs-corr": 1 - |corr|;  "corr-profile": distance between rows of the |corr| matrix
     random_state  seed of the sample
     device        "auto", "cpu", "cuda", "cuda:1"
+    references    "row": the sampled row closest to all others of its mode, as in the paper; "component": the
+                  first principal component of the mode's sampled rows, which is no row but explains more
+    refine        rounds of Lloyd's algorithm over all rows, each one pass more: rows to their best reference,
+                  references to the first components of their rows. Ends early when a round gains nothing
+    objective     what component and refine make large: "energy", the R^2 of all rows together, or
+                  "correlation", the mean corr^2, where every row counts alike
 
     After ``fit``: ``n_modes_``, ``references_`` (M, T), ``reference_rows_`` (M,), ``labels_``, ``a_``,
     ``b_``, ``correlation_`` (N,), ``metrics_``, ``linkage_``. A row that never moves has label -1, a = 0 and
@@ -65,6 +74,10 @@ class CMD:
         affinity: str = "abs-corr",
         random_state: int = 0,
         device: str = "auto",
+        *,
+        references: References = "row",
+        refine: int = 0,
+        objective: Objective = "energy",
     ) -> None:
         self.n_modes = n_modes
         self.threshold = threshold
@@ -73,10 +86,14 @@ class CMD:
         self.affinity = affinity
         self.random_state = random_state
         self.device = device
+        self.references: References = references
+        self.refine = refine
+        self.objective: Objective = objective
         _ = self._settings()  # checks them
         self._result: Result | None = None
         self._trajectory: Trajectory | None = None
         self._run: dict[str, Any] = {}
+        self._quality: Quality | None = None
 
     # ---- fitting ------------------------------------------------------------------------------------
 
@@ -91,7 +108,7 @@ class CMD:
         buffers: Literal["fit", "skip"] = "fit",
         progress: Progress | None = None,
     ) -> CMD:
-        """Algorithm 2, out of core: every byte of the trajectory is read once.
+        """Algorithm 2, out of core: every byte of the trajectory is read once, and once for every round.
 
         traj          a Trajectory, or anything (N, T) that ``Trajectory.from_array`` takes
         out           folder of the result, or a URL; in memory (14 bytes per row) when None
@@ -115,8 +132,9 @@ class CMD:
 
     def _settings(self) -> Settings:
         return Settings(
-            self.n_modes, self.threshold, self.n_samples, self.sampling, self.affinity, self.random_state
-        )
+            self.n_modes, self.threshold, self.n_samples, self.sampling, self.affinity, self.random_state,
+            self.references, self.refine, self.objective,
+        )  # fmt: skip
 
     @staticmethod
     def fit_together(
@@ -168,6 +186,7 @@ class CMD:
         )
         for cmd, one, found in zip(cmds, asked, fitted, strict=True):
             cmd._result, cmd._run, cmd._trajectory = found.result, found.run, one.traj
+            cmd._quality = None
 
     @property
     def is_fitted(self) -> bool:
@@ -189,12 +208,12 @@ class CMD:
 
     @property
     def references_(self) -> F32:
-        """(M, T) reference profiles: raw rows of the trajectory."""
+        """(M, T) reference profiles: raw rows of the trajectory, or profiles that are centred over time."""
         return self.result.modes.references
 
     @property
     def reference_rows_(self) -> I64:
-        """(M,) row of each reference."""
+        """(M,) row of each reference; -1 for components and refined ones, which are no rows."""
         return self.result.modes.reference_row
 
     @property
@@ -214,7 +233,10 @@ class CMD:
 
     @property
     def correlation_(self) -> RowArray:
-        """(N,) signed correlation with the reference; 0 for constant and non-finite rows."""
+        """(N,) signed correlation with the reference; 0 for constant and non-finite rows.
+
+        Its square is the R^2 of a row: the share of its movement that a * reference + b follows.
+        """
         return self.result.correlation
 
     @property
@@ -255,6 +277,8 @@ class CMD:
             "n_modes": self.n_modes_,
             "n_samples": len(self.sample_rows_),
             **metrics,
+            "fraction_below": fraction_below(self.result.totals),
+            **({"refinement": list(self.result.refinement)} if "refine" in self._config else {}),
             "result_bytes": self.result.n_bytes,
             "trajectory_bytes": n_rows * n_snapshots * itemsize,
             **self._run,
@@ -271,11 +295,39 @@ class CMD:
         return tensor_shares(self.result.totals, self.result.frame.map)
 
     @property
+    def _config(self) -> Mapping[str, Any]:
+        """The settings of the fit, as they were when it was made."""
+        return self.result.provenance["config"]
+
+    @property
     def _stored_dtype(self) -> str:
         return str(self.result.provenance["source"]["dtype"])
 
-    def summary(self) -> str:
-        """The fit in words: modes, sizes, |corr|, R^2, error, bytes, seconds."""
+    def quality(self) -> Quality:
+        """Whether these modes are better than chance, with the numbers: see ``cmdgpu.quality.assess``.
+
+        Computed once, in a second or two, from rows that are cheap to have (those of the sketch): nothing of
+        the store is passed over again. Parameters alone are judged, of a selection the selected ones.
+        """
+        if self._quality is None:
+            config, sample = self._config, np.asarray(self.sample_)
+            drawn = Sampled(
+                self.sample_rows_, sample, config["n_samples"], config["sampling"], config["random_state"]
+            )
+            rule = Rule(
+                max(self.n_modes_, 1), None, config["affinity"], config.get("references", "row"),
+                config.get("refine", 0), config.get("objective", "energy"),
+            )  # fmt: skip
+            self._quality = assess(
+                rows_at_hand(drawn, self._trajectory), self.steps_, self.references_.astype(np.float64), rule
+            )
+        return self._quality
+
+    def summary(self, *, quality: bool = True) -> str:
+        """The fit in words: modes, sizes, |corr|, R^2, error, bytes, seconds; its ``quality`` at the end.
+
+        That takes a second or two the first time; False leaves it out.
+        """
         metrics = self.metrics_
         n = max(int(metrics["n_rows"]), 1)
         stored, original = show_bytes(metrics["result_bytes"]), show_bytes(metrics["trajectory_bytes"])
@@ -291,6 +343,15 @@ class CMD:
             f"buffers apart {metrics['n_buffer_rows']} rows",
             f"{stored} for a trajectory of {original}",
         ]
+        if values := metrics.get("refinement"):
+            what = {"energy": "R^2 by energy", "correlation": "R^2"}[self._config["objective"]]
+            gains = " ".join(f"{gain:+.4f}" for gain in np.diff(values)[:_GAINS_SHOWN])
+            more = " ..." if len(values) - 1 > _GAINS_SHOWN else ""
+            lines.insert(
+                -1,
+                f"references refined in {len(values) - 1} rounds, {what} {values[0]:.4f} -> {values[-1]:.4f} "
+                f"({gains}{more})",
+            )
         if self._run and not self._run["stage_s"]:
             lines.append("this fit was complete already: nothing was read")
         elif self._run:
@@ -300,12 +361,13 @@ class CMD:
             )
         if len(self.steps_) < 3:
             lines.append("fewer than three snapshots: every |corr| is 1 or undefined and means nothing")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.quality().words] if quality else lines)
 
     def _mode_line(self, m: int, metrics: dict[str, Any], n_rows: int) -> str:
         low, _, median, _, high = metrics["mode_quantiles"][m]
         size = metrics["mode_sizes"][m]
-        where = self.result.frame.map.locate(int(self.reference_rows_[m]))
+        row = int(self.reference_rows_[m])
+        where = self.result.frame.map.locate(row) if row != NO_ROW else "no row"
         share = f"{100 * size / n_rows:6.2f} %"
         return f"{m:5d}  {size:10d}  {share}   {median:13.4f}  {low:.4f}-{high:.4f}   {where}"
 
@@ -331,6 +393,9 @@ class CMD:
             sampling=config["sampling"],
             affinity=config["affinity"],
             random_state=config["random_state"],
+            references=config.get("references", "row"),
+            refine=config.get("refine", 0),
+            objective=config.get("objective", "energy"),
         )
         cmd._result = result
         if trajectory is None:
@@ -456,9 +521,31 @@ class CMD:
         if len(found):
             return self.references_[:, found[0]].astype(np.float64)
         assert self._trajectory is not None
+        if "objective" in self._config:
+            return self._profiles_at(self._trajectory, label)
         column = self._trajectory.column(label)
         values = [column.read(row, row + 1)[0] for row in self.reference_rows_.tolist()]
         return np.array(values, dtype=np.float64)
+
+    def _profiles_at(self, traj: Trajectory, label: int) -> F64:
+        """(M,) values that references which are no rows have at a step that was not fitted.
+
+        Of components from the sampled rows, of refined references from all: a snapshot is read.
+        """
+        result, profile = self.result, ProfileAt(self.n_modes_, self._config["objective"])
+        if "refine" not in self._config:
+            modes, sample = result.modes, np.asarray(result.modes.sample)
+            stored = traj.source.read_rows(modes.sample_row, np.flatnonzero(traj.recorded_steps == label))
+            fits = sample_fits(sample, modes.sample_mode, modes.references)
+            profile.add(modes.sample_mode, *fits, fmt.widen(stored, traj.dtype)[:, 0])
+            return profile.values()
+        column, parameters = traj.column(label), result.frame.map.without("buffer")
+        for unit in result.frame.live_units:
+            for segment in parameters.segments(*result.frame.unit(unit)):
+                rows = slice(segment.start, segment.stop)
+                fits = (result.mode[rows], result.a[rows], result.b[rows], result.correlation[rows])
+                profile.add(*fits, column.read(segment.start, segment.stop))
+        return profile.values()
 
     def _warn_of_gaps(self, entries: Sequence[TensorEntry], snapshot: Snapshot, buffers: Buffers) -> None:
         shares = self.tensor_shares_
@@ -477,6 +564,8 @@ def _warn(text: str) -> None:
     warnings.warn(text, CmdgpuWarning, stacklevel=4)
 
 
+_GAINS_SHOWN: Final = 5
+"""Rounds of refinement whose gain the summary tells."""
 _TILE_ROWS: Final = 1 << 16
 """Rebuilt at a time: float64 then stays in the cache."""
 

@@ -22,13 +22,16 @@ import numpy as np
 from cmdgpu.clustering import AFFINITIES, Tree, check_stopping_rule, clustering_bytes, grow_tree
 from cmdgpu.errors import CmdgpuWarning, MemoryLimitError, UsageError, WorkerLost
 from cmdgpu.memory import default_limit, show_bytes
-from cmdgpu.notation import F32, I64, MAX_MODES
+from cmdgpu.notation import F32, I64, MAX_MODES, NO_ROW
+from cmdgpu.profiles import Objective, References, check_references, sample_components
 from cmdgpu.progress import Progress
 from cmdgpu.results import (
     Frame,
     MemoryWriter,
     ModeSet,
     Provenance,
+    Refine,
+    Refined,
     Result,
     StoredWriter,
     begin_result,
@@ -64,17 +67,32 @@ class Settings:
     sampling: str = "layer-balanced"
     affinity: str = "abs-corr"
     random_state: int = 0
+    references: References = "row"
+    refine: int = 0
+    objective: Objective = "energy"
 
     def __post_init__(self) -> None:
         check_stopping_rule(self.n_modes, self.threshold)
         check_sampling(self.n_samples, self.sampling, self.random_state)
+        check_references(self.references, self.refine, self.objective)
         _ = AFFINITIES[self.affinity]
 
     @property
     def most_modes(self) -> int:
         return min(self.n_modes if self.threshold is None else MAX_MODES, self.n_samples)
 
+    @property
+    def are_rows(self) -> bool:
+        """Whether the references are the rows that the paper takes."""
+        return self.references == "row" and not self.refine
+
     def to_json(self) -> dict[str, Any]:
+        """References are said where they are no rows: a fit as in the paper keeps its fingerprint."""
+        others: dict[str, Any] = {} if self.references == "row" else {"references": self.references}
+        if self.refine:
+            others["refine"] = self.refine
+        if others:
+            others["objective"] = self.objective
         return {
             "n_modes": self.n_modes if self.threshold is None else None,
             "threshold": self.threshold,
@@ -82,6 +100,7 @@ class Settings:
             "sampling": self.sampling,
             "affinity": self.affinity,
             "random_state": self.random_state,
+            **others,
         }
 
 
@@ -149,6 +168,7 @@ def _fit_here(
     if missing := [one for one in asked if one.out is None or not is_taken(one.out)]:
         for one in missing:
             _require_room_for_clustering(one, limit)
+            _require_room_for_rounds(one, limit)
         plan = plan_for(
             traj.source,
             [one.frame for one in missing],
@@ -157,7 +177,7 @@ def _fit_here(
             limit,
             in_memory=in_memory,
         )
-    begun = _begin_all(asked, code_identity(devices), resume)
+    begun = _begin_all(asked, code_identity(devices), resume, limit, progress)
     writers = [each.writer for each in begun if each.writer is not None]
     ran: _Ran | None = None
     if writers:
@@ -205,14 +225,21 @@ def _fit_by(
                 "ranks that start over throw away each other's work",
                 hint="delete the unfinished fit (*.partial) by hand, then start them without --no-resume",
             )
+        if workers.size > 1 and any(one.settings.refine for one in asked):
+            raise UsageError(
+                f"{workers.size} ranks would each refine the same references",
+                hint="fit in one process, or with dask: references are refined first, by the one that asks",
+            )
         device = workers.own(device)
         code = code_identity(ops.resolve_devices(device))
     else:
         (_, code), *_ = workers.map_blocks(Describe(device), [0])
+    limit = default_limit() if memory_limit is None else memory_limit
     for one in asked:
         if one.out is not None and not is_taken(one.out):
-            _require_room_for_clustering(one, default_limit() if memory_limit is None else memory_limit)
-    begun = _begin_all(asked, code, resume)
+            _require_room_for_clustering(one, limit)
+            _require_room_for_rounds(one, limit)
+    begun = _begin_all(asked, code, resume, limit, progress)
     writers = [each.writer for each in begun if isinstance(each.writer, StoredWriter)]
     ran: _Ran | None = None
     if writers:
@@ -346,20 +373,35 @@ class _Begun:
         return Fitted(result, {**run, **ran.to_json(), "stage_s": self.stage_s})
 
 
-def _begin_all(asked: Sequence[Asked], code: Mapping[str, Any], resume: bool) -> list[_Begun]:
-    """In the order asked; those of one sample are decided one after the other."""
+def _begin_all(
+    asked: Sequence[Asked], code: Mapping[str, Any], resume: bool, limit: int, progress: Progress
+) -> list[_Begun]:
+    """In the order asked; those of one sample are decided one after the other, each by rounds of its own."""
     sampler, begun = _Sampler(), dict[int, _Begun]()
     for i in sorted(range(len(asked)), key=lambda i: _sample_key(asked[i])):
-        begun[i] = _begin(asked[i], code, resume, sampler)
+        begun[i] = _begin(asked[i], code, resume, sampler, limit, progress)
     return [begun[i] for i in range(len(asked))]
 
 
-def _begin(one: Asked, code: Mapping[str, Any], resume: bool, sampler: _Sampler) -> _Begun:
+def _begin(
+    one: Asked,
+    code: Mapping[str, Any],
+    resume: bool,
+    sampler: _Sampler,
+    limit: int,
+    progress: Progress,
+) -> _Begun:
     stage_s: dict[str, float] = {}
 
     def decide() -> ModeSet:
         return sampler.decide(one, stage_s)
 
+    refine: Refine | None = None
+    if one.settings.refine:
+        from cmdgpu import ops
+
+        refine = _rounds(one, stage_s, limit, progress)
+        code = {**code, "refined_by": ops.device_class(ops.resolve_device("cpu"))}
     config = one.settings.to_json()
     if one.buffers != "fit":
         config["buffers"] = one.buffers
@@ -368,11 +410,28 @@ def _begin(one: Asked, code: Mapping[str, Any], resume: bool, sampler: _Sampler)
         source["token"] = os.urandom(16).hex()  # an array: its fits are never resumed by mistake
     provenance = Provenance(source, config, code, _origin(one), one.traj.params)
     if one.out is None:
-        return _Begun(one, MemoryWriter(one.frame, decide(), provenance), None, stage_s)
-    begun = begin_result(one.out, one.frame, provenance, decide, resume=resume)
+        modes = decide()
+        state = Refined(modes.references)
+        for after in refine(state) if refine is not None else ():
+            state = after
+        modes = dataclasses.replace(modes, references=state.references)
+        return _Begun(one, MemoryWriter(one.frame, modes, provenance, state.values), None, stage_s)
+    begun = begin_result(one.out, one.frame, provenance, decide, resume=resume, refine=refine)
     if isinstance(begun, Result):
         return _Begun(one, None, begun, stage_s)
     return _Begun(one, begun, None, stage_s)
+
+
+def _rounds(one: Asked, stage_s: dict[str, float], limit: int, progress: Progress) -> Refine:
+    """The rounds of refinement of a fit: in this process and on its CPU, whoever computes the pass."""
+    from cmdgpu.refinement import refined
+
+    def refine(state: Refined) -> Iterator[Refined]:
+        started = time.perf_counter()
+        yield from refined(one.traj, state, one.settings.refine, one.settings.objective, limit, progress)
+        stage_s["refine"] = time.perf_counter() - started
+
+    return refine
 
 
 def _origin(one: Asked) -> str | None:
@@ -410,6 +469,14 @@ def _require_room_for_clustering(one: Asked, limit: int) -> None:
         )
 
 
+def _require_room_for_rounds(one: Asked, limit: int) -> None:
+    """Of modes whose number is known; those of a threshold are counted before their first round."""
+    if one.settings.refine and one.settings.threshold is None:
+        from cmdgpu.refinement import plan_round
+
+        plan_round(one.traj, one.settings.most_modes, limit)
+
+
 class _Sampler:
     """Algorithm 1, steps 2 to 4. Fits that differ in M alone share a sample and its linkage.
 
@@ -422,12 +489,17 @@ class _Sampler:
 
     def decide(self, one: Asked, stage_s: dict[str, float]) -> ModeSet:
         rows, values, tree = self._grown(one, stage_s)
+        settings = one.settings
         started = time.perf_counter()
-        clustering = tree.cut(n_modes=one.settings.n_modes, threshold=one.settings.threshold)
+        clustering = tree.cut(n_modes=settings.n_modes, threshold=settings.threshold)
+        medoids = clustering.references
+        references = np.ascontiguousarray(values[medoids])
+        if settings.references == "component":
+            references = sample_components(values, clustering.labels, medoids, settings.objective)
         stage_s["cluster"] += time.perf_counter() - started
         return ModeSet(
-            references=np.ascontiguousarray(values[clustering.references]),
-            reference_row=rows[clustering.references],
+            references=references,
+            reference_row=rows[medoids] if settings.are_rows else np.full_like(rows[medoids], NO_ROW),
             sample_row=rows,
             sample_mode=clustering.labels,
             sample=values,

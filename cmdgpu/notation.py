@@ -32,6 +32,8 @@ CONSTANT: Final = -1
 """Mode of a row that never moves: a = 0, b = its value."""
 NON_FINITE: Final = -2
 """Mode of a row with a NaN or an infinity among the selected snapshots."""
+NO_ROW: Final = -1
+"""Row number of a reference that is none: a first component of the rows of its mode."""
 UNWRITTEN: Final = -32768
 """Fill of ``mode`` on disk: a hole of the layout, or a unit not fitted yet."""
 MAX_MODES: Final = 32767

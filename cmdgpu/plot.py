@@ -36,6 +36,8 @@ FAINT: Final = "#8a8a8a"
 BLUE: Final = "#0072b2"
 # Okabe and Ito's palette, chosen to stay apart for every common form of colour vision.
 COLOURS: Final = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES: Final = ("-", (0, (4, 1.5)), (0, (1, 1)))
+"""When the colours are used up."""
 STYLE: Final[dict[str, Any]] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -277,6 +279,68 @@ def correlation_matrix(cmd: Decomposed) -> Figure:
     return figure
 
 
+@_figure("methods")
+def methods_against_step(
+    steps: ArrayLike,
+    errors: Mapping[str, ArrayLike],
+    scores: Mapping[str, ArrayLike] | None = None,
+    *,
+    selected: Mapping[str, int] | None = None,
+    unit: str = "step",
+    quantity: str = "score",
+    title: str = "",
+) -> Figure:
+    """How far the weights of several methods are from the recorded ones, and a score, against the step.
+
+    steps is (S,), every curve (S,), under the same names in both panels; the first name has the thin dark
+    line. A dot marks the last step, a ring the step that was ``selected``. Errors have a logarithmic axis, so
+    a method without any, as the recorded snapshots, has no line there; nor has what is not finite.
+    """
+    steps_t = np.asarray(steps, dtype=np.float64)
+    looks = {name: _curve_look(order) for order, name in enumerate(errors)}
+    panels: list[tuple[str, dict[str, F64]]] = [
+        ("relative error of the weights", {name: _shown(curve, above=0.0) for name, curve in errors.items()})
+    ]
+    if scores:
+        panels.append((quantity, {name: _shown(curve) for name, curve in scores.items()}))
+
+    room = 0.4 + 0.075 * max(map(len, errors))  # for the names
+    height = max(3.8, 0.6 + 0.2 * len(errors))
+    figure = StyledFigure(figsize=(4.0 * len(panels) + room, height), layout="constrained")
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    drawn[0].set_yscale("log")
+    for axes, (heading, curves) in zip(drawn, panels, strict=True):
+        for name, curve_t in curves.items():
+            if np.isfinite(curve_t).any():
+                axes.plot(steps_t, curve_t, label=name, **looks[name])
+                axes.plot(steps_t[-1:], curve_t[-1:], "o", color=looks[name]["color"], markersize=3)
+        axes.set_title(heading, loc="left")
+        axes.set_xlabel(unit)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02)
+    last, (_, curves) = drawn[-1], panels[-1]
+    if scores:  # what follows the first sixth decides how much is shown: the rise to it is the same for all
+        late = np.concatenate([curve_t[len(steps_t) // 6 :] for curve_t in curves.values()])
+        low, high = np.nanmin(late, initial=np.inf), np.nanmax(late, initial=-np.inf)
+        if low < high:
+            last.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    for name, step in (selected or {}).items():
+        at = steps_t == step
+        ring = {"color": looks[name]["color"], "markersize": 7, "fillstyle": "none", "zorder": 5}
+        last.plot(steps_t[at], curves[name][at], "o", **ring)
+    ends = {name: curve_t[np.isfinite(curve_t)] for name, curve_t in curves.items()}
+    _name_at_the_right(last, {name: float(known[-1]) for name, known in ends.items() if len(known)})
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _shown(curve: ArrayLike, above: float = -np.inf) -> F64:
+    """What of a curve can be drawn; NaN elsewhere."""
+    values = np.asarray(curve, dtype=np.float64)
+    return np.where(np.isfinite(values) & (values > above), values, np.nan)
+
+
 def _profiles(W_nt: F64) -> F64:
     """Centred rows of unit norm; a row that never moves stays zero."""
     x_nt = W_nt - W_nt.mean(axis=1, keepdims=True)
@@ -294,7 +358,9 @@ def _sizes_line(cmd: Decomposed, R_mt: F64, label_k: I64) -> str:
 def _curve_look(order: int) -> dict[str, Any]:
     if order == 0:
         return {"color": "#444444", "linewidth": 0.9, "zorder": 2}
-    return {"color": COLOURS[(order - 1) % len(COLOURS)], "linewidth": 1.5, "zorder": 3}
+    times, colour = divmod(order - 1, len(COLOURS))
+    dashes = DASHES[times % len(DASHES)]
+    return {"color": COLOURS[colour], "linestyle": dashes, "linewidth": 1.5, "zorder": 3}
 
 
 def _range_of(curves: Sequence[F64]) -> tuple[float, float]:
@@ -306,9 +372,10 @@ def _range_of(curves: Sequence[F64]) -> tuple[float, float]:
 
 def _name_at_the_right(axes: Axes, ends: Mapping[str, float]) -> None:
     """Each curve's name beside its end, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
     names = sorted(ends, key=lambda name: ends[name])
-    wanted = [(ends[name] - low) / (high - low) for name in names]
+    _ = axes.get_ylim()  # limits are made when they are asked for
+    of_axis, of_data = axes.transAxes.inverted(), axes.transData
+    wanted = [float(of_axis.transform(of_data.transform((0.0, ends[name])))[1]) for name in names]
     colours = {line.get_label(): line.get_color() for line in axes.get_lines()}
     for name, end, at in zip(names, wanted, _apart(wanted, 0.062), strict=True):
         axes.annotate(

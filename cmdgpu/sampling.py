@@ -98,11 +98,11 @@ class _Everything:
 class _Candidates:
     def __init__(self, live: _Live, uniform: I64, others: I64) -> None:
         self._bounds = live.bounds
-        self._uniform = uniform
+        self.uniform_ones = uniform
         self.all = np.union1d(uniform, others)
 
     def uniform(self, stream: _Stream, k: int, taken: I64) -> I64:
-        eligible = np.setdiff1d(self._uniform, taken, assume_unique=True)
+        eligible = np.setdiff1d(self.uniform_ones, taken, assume_unique=True)
         return eligible[stream.subset(len(eligible), k)]
 
     def of_tensor(self, stream: _Stream, tensor: int, k: int) -> I64:
@@ -147,6 +147,12 @@ def candidate_rows(parameter_map: ParameterMap) -> I64:
     """
     live = _Live(parameter_map)
     return live.rows(_draw_candidates(live).all)
+
+
+def uniform_candidates(parameter_map: ParameterMap) -> I64:
+    """(S / 2,) those of the candidates that were drawn uniformly over the live rows, ascending."""
+    live = _Live(parameter_map)
+    return live.rows(_draw_candidates(live).uniform_ones)
 
 
 # ---- the two rules ------------------------------------------------------------------------------------
@@ -203,6 +209,11 @@ def draw_sample(parameter_map: ParameterMap, n_samples: int, sampling: str, seed
     return Sample(live.rows(drawn), words, from_candidates)
 
 
+def reading_bytes(rows: I64, view: StoreView, n_snapshots: int) -> int:
+    """What is read of a store for rows outside its sketch: each chunk with one of them, at every snapshot."""
+    return len(np.unique(rows // view.rows)) * n_snapshots * view.rows * view.storage.numpy.itemsize
+
+
 def announcement(sample: Sample, view: StoreView, n_snapshots: int) -> str | None:
     """What reading the sample costs where the sketch does not hold it, in words; None where that is little.
 
@@ -211,8 +222,8 @@ def announcement(sample: Sample, view: StoreView, n_snapshots: int) -> str | Non
     k, sketch = len(sample.rows), view.sketch_rows
     if sketch is not None and bool(np.isin(sample.rows, sketch).all()):
         return None
-    n_chunks = len(np.unique(sample.rows // view.rows)) * n_snapshots
-    n_bytes = n_chunks * view.rows * view.storage.numpy.itemsize
+    n_bytes = reading_bytes(sample.rows, view, n_snapshots)
+    n_chunks = n_bytes // (view.rows * view.storage.numpy.itemsize)
     if n_bytes < _WORTH_A_WORD:
         return None
     if sketch is None:

@@ -207,6 +207,11 @@ class ArraySource:
     def n_snapshots(self) -> int:
         return self._shape[1]
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether a few of its rows cost no more than these: so for NumPy (a memmap included) and torch."""
+        return type(self._W_nt).__module__.partition(".")[0] in ("numpy", "torch")
+
     def _slab(self, start: int, stop: int) -> AnyArray:
         """Rows [start, stop) of all snapshots, in the stored type."""
         slab = self._W_nt[start:stop]

@@ -18,6 +18,8 @@ from cmdgpu.store.parameter_map import ParameterMap
 FIELDS: Final = ("count", "ss", "rss", "abs_corr", "corr2", "below_quantisation")
 N_BINS: Final = 256
 QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
+LIMITS: Final = (0.5, 0.8, 0.95)
+"""|corr| below which a row is counted as poorly followed."""
 _FIRST_MODE: Final = 2
 """Classes: 0 non-finite, 1 constant, then the modes."""
 
@@ -156,8 +158,23 @@ BIN_EDGES: Final = 1.0 - (1.0 - np.arange(N_BINS + 1) / N_BINS) ** 2
 
 def _quantiles(histogram: I64) -> list[float]:
     """|corr| at QUANTILES, linear inside a bin; NaN for an empty mode."""
-    total = int(histogram.sum())
-    if total == 0:
+    if not histogram.any():
         return [float("nan")] * len(QUANTILES)
-    reached = np.concatenate([[0.0], np.cumsum(histogram)]) / total
+    reached = _reached(histogram)
     return [float(np.interp(q, reached, BIN_EDGES)) for q in QUANTILES]
+
+
+def fraction_below(totals: Totals) -> dict[str, float]:
+    """Share of the moving parameter rows whose |corr| is below each of LIMITS, linear inside a bin; NaN
+    where no row moves.
+    """
+    histogram: I64 = totals.histogram.sum(axis=0)
+    if not histogram.any():
+        return dict.fromkeys(map(str, LIMITS), float("nan"))
+    reached = _reached(histogram)
+    return {str(limit): float(np.interp(limit, BIN_EDGES, reached)) for limit in LIMITS}
+
+
+def _reached(histogram: I64) -> F64:
+    """(N_BINS + 1,) share of the rows below each edge."""
+    return np.concatenate([[0.0], np.cumsum(histogram)]) / int(histogram.sum())

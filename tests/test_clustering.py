@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.cluster import hierarchy as _hierarchy  # pyright: ignore[reportMissingTypeStubs]
+from scipy.spatial import distance as _distance  # pyright: ignore[reportMissingTypeStubs]
 
 from cmdgpu.clustering import (
     AFFINITIES,
@@ -23,6 +25,8 @@ from cmdgpu.errors import CmdgpuWarning, UsageError
 from cmdgpu.notation import F64
 
 BOTH = list(AFFINITIES)
+hierarchy: Any = _hierarchy  # SciPy ships no types
+distance: Any = _distance
 
 
 def cluster(
@@ -187,6 +191,35 @@ def test_rows_whose_mean_is_a_million_times_their_movement() -> None:
     found = cluster(shifted, n_modes=3)
     assert partition(found.labels) == partition(mode_k)
     assert np.array_equal(found.labels, cluster(sample, n_modes=3).labels)
+
+
+def research_code(sample_kt: F64, n_modes: int) -> tuple[Any, list[int]]:
+    """The published research code's clustering, restated: Euclidean distance between rows of |corr|, complete
+    linkage, maxclust; modes by falling size; the row with the largest mean |corr| of each.
+    """
+    corr = np.abs(np.corrcoef(sample_kt))
+    tree = hierarchy.linkage(distance.pdist(corr), method="complete")
+    cluster_k = hierarchy.fcluster(tree, n_modes, criterion="maxclust")
+    modes = [np.flatnonzero(cluster_k == c) for c in np.unique(cluster_k)]
+    references = [int(m[np.argmax(corr[np.ix_(m, m)].mean(axis=1).round(9))]) for m in modes]
+    order = sorted(range(len(modes)), key=lambda i: (-len(modes[i]), references[i]))
+    label_k = np.empty(len(corr), dtype=int)
+    for number, i in enumerate(order):
+        label_k[modes[i]] = number
+    return label_k, [references[i] for i in order]
+
+
+@pytest.mark.parametrize("n_modes", [1, 2, 5, 10])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["walks", "planted"])
+def test_profile_distance_clusters_as_the_research_code_does(kind: str, seed: int, n_modes: int) -> None:
+    sample = np.cumsum(np.random.default_rng(seed).standard_normal((300, 25)), axis=1)
+    if kind == "planted":
+        sample, _ = planted([150, 80, 40, 20, 10], 25, 0.6, seed)
+    found = cluster(sample, n_modes, affinity="corr-profile")
+    label_k, references = research_code(sample, n_modes)
+    assert found.labels.tolist() == label_k.tolist()
+    assert found.references.tolist() == references
 
 
 # ---- numbers and references -------------------------------------------------------------------------------

@@ -497,7 +497,7 @@ def test_a_threshold_survives_loading(folder: Path) -> None:
 
 def test_the_summary_shows_modes_sizes_errors_bytes_and_speed(base: Path) -> None:
     cmd = CMD(n_modes=4).fit(recorded(base))
-    metrics, lines = cmd.metrics_, cmd.summary().splitlines()
+    metrics, lines = cmd.metrics_, cmd.summary(quality=False).splitlines()
     n = metrics["n_rows"]
     assert lines[0] == f"CMD  4 modes, {n} parameters x 6 snapshots, {metrics['n_samples']} rows sampled"
     for m, line in enumerate(lines[2:6]):
@@ -509,6 +509,7 @@ def test_the_summary_shows_modes_sizes_errors_bytes_and_speed(base: Path) -> Non
     assert lines[6].startswith(f"mean |corr| {metrics['mean_abs_correlation']:.4f}   R^2 {metrics['r2']:.4f}")
     assert f"constant {metrics['n_constant']} rows" in lines[7] and "buffers apart 34 rows" in lines[7]
     assert lines[-1].startswith("pass ") and lines[-1].endswith(f"{metrics['implementation']} on cpu")
+    assert cmd.summary().splitlines() == [*lines, *cmd.quality().words.splitlines()]
     assert "pass" not in CMD.load(base / "all.cmd.zarr").summary()
 
 
@@ -516,7 +517,7 @@ def test_metrics_have_these_keys(base: Path) -> None:
     found = {
         "n_modes", "n_samples", "n_rows", "n_buffer_rows", "n_constant", "n_nonfinite",
         "n_below_quantisation", "mode_sizes", "mean_abs_correlation", "r2", "r2_energy", "weight_mse",
-        "mode_quantiles",
+        "mode_quantiles", "fraction_below",
         "result_bytes", "trajectory_bytes",
     }  # fmt: skip
     assert set(CMD.load(base / "all.cmd.zarr").metrics_) == found
@@ -551,7 +552,8 @@ def test_buffers_have_metrics_of_their_own(base: Path, tmp_path: Path) -> None:
     assert found["r2_energy"] == pytest.approx(1 - rss.sum() / ss.sum(), rel=1e-5)
     assert found["weight_mse"] == pytest.approx(rss.sum() / W.size, rel=1e-4)
     assert set(found) == set(cmd.metrics_) - {
-        *("n_modes", "n_samples", "n_buffer_rows", "mode_quantiles", "result_bytes", "trajectory_bytes")
+        *("n_modes", "n_samples", "n_buffer_rows", "mode_quantiles", "fraction_below"),
+        *("result_bytes", "trajectory_bytes"),
     }
     none = CMD(n_modes=2).fit(walks(50, 4)).buffer_metrics_
     assert none["n_rows"] == 0 and none["mode_sizes"] == [0, 0] and np.isnan(none["r2"])

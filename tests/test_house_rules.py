@@ -20,10 +20,12 @@ def test_the_public_names_are_these() -> None:
         "CMD",
         "CmdgpuError",
         "CmdgpuWarning",
+        "Comparison",
         "Recorder",
         "Trajectory",
         "__version__",
         "baselines",
+        "compare",
         "plot",
     ]
     assert set(dir(cmdgpu)) >= set(cmdgpu.__all__)
@@ -80,6 +82,7 @@ QUICK: dict[str, int] = {
     "export --help": 0,
     "inspect --help": 0,
     "demo --help": 0,
+    "compare --help": 0,
     "doctor --help": 0,
     "nonsense": 2,
     "--nonsense": 2,
@@ -89,6 +92,8 @@ QUICK: dict[str, int] = {
     "import": 2,
     "import run": 2,
     "verify": 2,
+    "compare": 2,
+    "compare run.zarr --batch-norm off": 2,
 }
 
 

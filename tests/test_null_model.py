@@ -1,13 +1,25 @@
-"""Laws of the null model: what independent random walks give through the whole pipeline."""
+"""Laws of the null models: what rows that share nothing give through the whole pipeline."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from cmdgpu_kernels.assignment.reference import assign_and_fit_reference
 
 from cmdgpu.errors import UsageError
+from cmdgpu.miniature import Rule, follow, references_of
 from cmdgpu.notation import F64
-from cmdgpu.null_model import NullCorrelation, random_walk_correlation
+from cmdgpu.null_model import (
+    NULL_MODELS,
+    NullCorrelation,
+    look,
+    null_views,
+    phase_shuffled,
+    random_walk_correlation,
+    random_walks,
+    signed_steps,
+    step_scale,
+)
 
 
 def walks(rows: int, snapshots: int, *, seed: int = 1, scale: float = 1e-3) -> F64:
@@ -91,3 +103,135 @@ def test_a_threshold_decides_in_place_of_the_number_of_modes() -> None:
 def test_without_movement_there_is_no_null(sample: F64) -> None:
     with pytest.raises(UsageError, match=r"no row of the sample moves: 5 rows"):
         null_of(sample)
+
+
+# ---- rows that share nothing ------------------------------------------------------------------------------
+
+
+def rng_of(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def step_correlation(rows_nt: F64, lag: int) -> float:
+    """Mean over rows and t of x(t) x(t + lag), x the steps."""
+    steps = np.diff(rows_nt, axis=1)
+    return float(np.mean(steps[:, : steps.shape[1] - lag] * steps[:, lag:]))
+
+
+@pytest.mark.parametrize("name", list(NULL_MODELS))
+def test_rows_of_a_null_model_share_nothing(name: str) -> None:
+    """Whatever the rows shared: here all are one row, and then none resembles its neighbour."""
+    row = walks(1, 40)
+    rows = np.repeat(row, 400, axis=0)
+    made = NULL_MODELS[name](rng_of(), rows, step_scale(row))
+    assert made.shape == rows.shape and (made[:, 0] == 0).all()
+    steps = np.diff(made, axis=1)
+    steps -= steps.mean(axis=0)
+    unit: F64 = steps / np.linalg.norm(steps, axis=1, keepdims=True)
+    neighbours: F64 = np.einsum("nt,nt->n", unit[:-1], unit[1:])
+    assert abs(float(np.mean(neighbours))) < 0.05
+    assert np.array_equal(made, NULL_MODELS[name](rng_of(), rows, step_scale(row))), "the seed fixes them"
+
+
+def test_walks_have_the_step_sizes_of_the_sample() -> None:
+    scale = np.array([1.0, 0.5, 0.0, 0.25])
+    made = random_walks(rng_of(), np.empty((20_000, 5)), scale)
+    assert np.sqrt((np.diff(made, axis=1) ** 2).mean(axis=0)) == pytest.approx(scale, rel=0.02)
+
+
+def test_signed_steps_are_the_steps_of_the_row_itself() -> None:
+    rows = walks(50, 15)
+    made = np.diff(signed_steps(rng_of(), rows, step_scale(rows)), axis=1)
+    steps = np.diff(rows, axis=1)
+    assert np.allclose(np.abs(made), np.abs(steps), atol=1e-15)
+    assert 0.4 < np.count_nonzero(np.sign(made) != np.sign(steps)) / steps.size < 0.6
+
+
+@pytest.mark.parametrize("n_snapshots", [7, 30, 31])
+def test_shuffled_phases_keep_how_long_movement_persists(n_snapshots: int) -> None:
+    steps = rng_of().standard_normal((6000, n_snapshots - 1))
+    for t in range(1, n_snapshots - 1):
+        steps[:, t] += 0.8 * steps[:, t - 1]
+    rows = np.concatenate([np.zeros((6000, 1)), np.cumsum(steps, axis=1)], axis=1)
+    made = phase_shuffled(rng_of(1), rows, np.ones(n_snapshots - 1))
+    size = step_correlation(rows, 0)
+    assert step_correlation(made, 0) == pytest.approx(size, rel=0.05)
+    assert step_correlation(made, 1) == pytest.approx(step_correlation(rows, 1), abs=0.2 * size)
+    assert step_correlation(made, 1) > 0.5 * size, "walks of signed steps have none of it"
+
+
+def test_shuffled_phases_keep_a_drift_and_the_slowing_down_of_all() -> None:
+    """A row that moves at the common pace has one component, the constant, and comes back as it was."""
+    scale = np.array([1.0, 0.5, 0.25, 0.125, 0.0, 0.5])
+    rows = np.concatenate([[0.0], np.cumsum(scale)]) * np.array([[2.0], [-3.0]])
+    assert phase_shuffled(rng_of(), rows, scale) == pytest.approx(rows, abs=1e-12)
+    moving = walks(300, 7)
+    assert (np.diff(phase_shuffled(rng_of(), moving, scale), axis=1)[:, 4] == 0).all()
+
+
+# ---- the pipeline in memory -------------------------------------------------------------------------------
+
+
+def test_following_is_the_definition_of_the_pass() -> None:
+    rows, R_mt = walks(300, 14) + 5.0, walks(6, 14, seed=2)
+    rows[7] = 5.0
+    found, expected = follow(rows, R_mt), assign_and_fit_reference(rows, R_mt, time_major=False)
+    moving = np.arange(300) != 7
+    assert np.array_equal(found.mode[moving], expected.mode[moving])
+    for name in ("a", "b", "correlation"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-12)
+    assert found.energy == pytest.approx(expected.ss, rel=1e-9, abs=1e-15)
+    direct = ((rows - found.a[:, None] * R_mt[found.mode] - found.b[:, None]) ** 2).sum(axis=1)
+    assert found.residual == pytest.approx(direct, abs=1e-15)
+
+
+def test_without_references_every_row_is_its_mean() -> None:
+    rows = walks(20, 9)
+    found = follow(rows, np.empty((0, 9)))
+    assert (found.correlation == 0).all() and (found.a == 0).all()
+    assert found.b == pytest.approx(rows.mean(axis=1))
+
+
+def test_references_of_some_snapshots_are_given_at_all_of_them() -> None:
+    sample, kept = walks(60, 20), np.arange(20) % 3 != 1
+    rows = references_of(sample, Rule(4, None, "abs-corr"), None, kept)
+    assert all(any(np.array_equal(r, w) for w in sample) for r in rows)
+    # where the rows of a mode are images of one curve, so is their component, at every snapshot
+    curve = walks(1, 20)[0]
+    images: F64 = np.linspace(1, 3, 30)[:, None] * curve + np.linspace(-5, 5, 30)[:, None]
+    for rule in (Rule(1, None, "abs-corr", "component"), Rule(1, None, "abs-corr", refine=2)):
+        (profile,) = references_of(images, rule, images, kept)
+        assert abs(np.corrcoef(profile, curve)[0, 1]) == pytest.approx(1, abs=1e-6)
+
+
+def test_increments_are_looked_at_in_two_ways() -> None:
+    """Walks: 0.19 when increments find references of their own at T = 100 and M = 10, next to nothing with
+    those of the levels.
+    """
+    rows = walks(3000, 100)
+    seen = look(rows[:1000], rows[1000:], Rule(10, None, "abs-corr"))
+    assert seen.levels == pytest.approx(0.77, abs=0.03)
+    assert seen.increments == pytest.approx(0.19, abs=0.01)
+    assert seen.increment_correlation == pytest.approx(0.04, abs=0.02)
+
+
+@pytest.mark.parametrize("name", list(NULL_MODELS))
+def test_the_null_models_give_of_walks_what_walks_give(name: str) -> None:
+    rows, rule = walks(1000, 50), Rule(5, None, "abs-corr")
+    real = look(rows[:300], rows[300:], rule)
+    views = null_views(name, rows[:300], rows[300:], rule, seed=4, repeats=3)
+    assert len(views) == 3 and views[0] != views[1]
+    # phases are shuffled with a mirror image, which lengthens movement
+    more = 0.02 if name == "phase-shuffled" else 0.0
+    levels = NullCorrelation.of([v.levels for v in views]).mean
+    assert levels == pytest.approx(real.levels + more, abs=0.03)
+    assert NullCorrelation.of([v.increments for v in views]).mean == pytest.approx(real.increments, abs=0.02)
+    assert views == null_views(name, rows[:300], rows[300:], rule, seed=4, repeats=3)
+    # of a sample that judges itself, too
+    alone = NullCorrelation.of([v.levels for v in null_views(name, rows[:300], None, rule, repeats=3)]).mean
+    assert alone == pytest.approx(look(rows[:300], rows[:300], rule).levels + more, abs=0.03)
+
+
+def test_a_null_model_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="no null model named 'coins'; have: phase-shuffled, random walks"):
+        null_views("coins", walks(5, 9), None, Rule(1, None, "abs-corr"))

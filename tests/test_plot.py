@@ -23,7 +23,14 @@ from matplotlib.text import Annotation, Text
 
 from cmdgpu.errors import CmdgpuError, UsageError
 from cmdgpu.notation import F32, I16, I64
-from cmdgpu.plot import FIGURES, MAX_PANELS, accuracy_against_step, correlation_matrix, reference_profiles
+from cmdgpu.plot import (
+    FIGURES,
+    MAX_PANELS,
+    accuracy_against_step,
+    correlation_matrix,
+    methods_against_step,
+    reference_profiles,
+)
 
 SNAPSHOTS = 40
 STEPS = np.arange(SNAPSHOTS)
@@ -63,8 +70,17 @@ def curves() -> dict[str, Any]:
     return {"training": rise, "CMD, M = 1": rise - 0.001, "CMD, M = 2": rise, "CMD, M = 5": rise + 0.0005}
 
 
+def methods() -> Figure:
+    errors = {"recorded": 0 * STEPS, **{f"method {i}": (1 + i) / (1 + STEPS) for i in range(8)}}
+    errors["method 7"] = np.where(STEPS > 5, np.inf, 1.0)
+    scores = {name: 1 - 0.9 * np.exp(-STEPS / (4 + i)) for i, name in enumerate(errors)}
+    scores["method 7"] = np.where(STEPS > 5, np.nan, 0.1)
+    return methods_against_step(STEPS, errors, scores, selected={"recorded": 30, "method 1": 20})
+
+
 DRAWN: dict[str, Callable[[], Figure]] = {
     "accuracy": lambda: accuracy_against_step(STEPS, curves(), unit="epoch", title="Accuracy"),
+    "methods": methods,
     "profiles": lambda: reference_profiles(planted(), unit="epoch"),
     "correlation": lambda: correlation_matrix(planted()),
 }
@@ -148,6 +164,23 @@ def test_names_at_the_curves_ends_never_overlap_and_keep_their_order(ends: list[
 def test_a_curve_of_another_length_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"'CMD' has shape \(3,\), the steps \(40,\)"):
         accuracy_against_step(STEPS, {"training": STEPS / 40, "CMD": [0.1, 0.2, 0.3]})
+
+
+def test_methods_are_drawn_where_their_numbers_are_and_told_apart_when_colours_are_used_up() -> None:
+    errors, scores = methods().axes
+    lines = [line for line in errors.get_lines() if len(np.asarray(line.get_xdata())) > 1]
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 8, "a method without errors has no line on a logarithmic axis"
+    drawn = {str(line.get_label()): line for line in scores.get_lines()}
+    assert np.array_equal(np.isnan(np.asarray(drawn["method 7"].get_ydata())), STEPS > 5)
+    rings = [line for line in scores.get_lines() if line.get_fillstyle() == "none"]
+    assert [float(np.asarray(ring.get_xdata())[0]) for ring in rings] == [30, 20]
+    low, high = scores.get_ylim()
+    late = np.concatenate([np.asarray(line.get_ydata())[SNAPSHOTS // 6 :] for line in drawn.values()])
+    assert 0.2 < low < np.nanmin(late) and np.nanmax(late) < high, "the rise to it is cut off"
+    only = methods_against_step(STEPS[:1], {"CMD": [0.5]})
+    only.draw_without_rendering()
+    assert len(only.axes) == 1
 
 
 def test_profiles_are_drawn_centred_and_of_unit_norm() -> None:

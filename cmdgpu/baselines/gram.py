@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cmdgpu import ops
 from cmdgpu.baselines.found import Found
 from cmdgpu.baselines.groups import Grouping, Run
 from cmdgpu.errors import MemoryLimitError
@@ -30,16 +30,11 @@ from cmdgpu.progress import Progress
 from cmdgpu.results import Frame
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
-from cmdgpu.streaming.plan import SLOT_PADDING, Plan, plan_pass
-from cmdgpu.streaming.reader import Block, BlockReader
+from cmdgpu.streaming.plan import Plan, plan_pass
+from cmdgpu.streaming.sums import AHEAD, add_all, in_task_order, products_of_a_task
 from cmdgpu.trajectory import Trajectory
 
 GRANULE: Final = 1024
-_PRODUCT_BYTES: Final = 1 << 20
-_MOST_RUNS: Final = 8
-"""Runs of one task: a node's are short. Fewer where their products would be larger than a megabyte."""
-_AHEAD: Final = 2
-"""Tasks per thread that are finished before they are added up."""
 _KEPT: Final = 3
 """T x T matrices that a group costs at most: its sums, and what a decomposition leaves of them."""
 
@@ -119,22 +114,7 @@ def gram_pass(
     plan = _plan(traj, frame, groupings, threads, default_limit() if memory_limit is None else memory_limit)
     source.require(columns)  # that N is what the layout claims, before anything is allocated by it
     sums = [_Sums(frame.map, grouping, len(columns), threads) for grouping in groupings]
-    stored = fmt.storage(source.dtype).numpy
-    width = plan.units_per_block * plan.rows
-    shape = (len(columns), width + SLOT_PADDING)
-    blocks = list(_blocks(frame.live_units, plan.units_per_block))
-    slots = [np.empty(shape, dtype=stored)[:, :width] for _ in range(min(plan.slots, len(blocks)))]
-    unit_bytes, bytes_read = frame.rows * len(columns) * stored.itemsize, 0
-    progress.begin("gram", unit_bytes * len(frame.live_units))
-    try:
-        with BlockReader(source, columns, blocks, slots) as reader:
-            for block in reader:
-                _add_block(sums, frame, block, source.dtype)
-                bytes_read += block.n_bytes
-                reader.release(block)
-                progress.advance(unit_bytes * (block.stop - block.first))
-    finally:
-        progress.end()
+    bytes_read = add_all(source, columns, frame, plan, sums, progress, "gram")
     non_finite = sums[0].non_finite
     found = Found(
         n_rows=frame.map.n_live - non_finite.total(),
@@ -155,8 +135,8 @@ def _plan(
     n_snapshots = len(traj.columns)
     square = 8 * n_snapshots**2
     kept = sum(_KEPT * square * grouping.n_groups + grouping.n_bytes for grouping in groupings)
-    of_a_task = square * _runs_of_a_task(n_snapshots)
-    working = threads * (2 * 8 * n_snapshots * GRANULE + _AHEAD * of_a_task) + 8 * square
+    of_a_task = square * products_of_a_task(n_snapshots)
+    working = threads * (2 * 8 * n_snapshots * GRANULE + AHEAD * of_a_task) + 8 * square
     try:
         return plan_pass(
             n_units=frame.n_units,
@@ -179,33 +159,6 @@ def _plan(
         raise refused from error
 
 
-def _blocks(units: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Consecutive units as [first, stop), none longer than a block."""
-    first = stop = -1
-    for unit in units:
-        if unit == stop and stop - first < longest:
-            stop += 1
-            continue
-        if stop > first:
-            yield first, stop
-        first, stop = unit, unit + 1
-    if stop > first:
-        yield first, stop
-
-
-def _add_block(sums: Sequence[_Sums], frame: Frame, block: Block, dtype: str) -> None:
-    W_tb = ops.as_tensor(block.W_tb, dtype)
-    for unit in range(block.first, block.stop):
-        start, stop = frame.unit(unit)
-        at = (unit - block.first) * frame.rows
-        for each in sums:
-            each.add(W_tb[:, at : at + frame.rows], start, stop)
-
-
-def _runs_of_a_task(n_snapshots: int) -> int:
-    return min(max(_PRODUCT_BYTES // (8 * n_snapshots**2), 1), _MOST_RUNS)
-
-
 class _Sums:
     """The sums of one grouping, unit after unit."""
 
@@ -215,30 +168,16 @@ class _Sums:
         """Rows left out, by tensor."""
         self._parameters = parameters
         self._threads = threads
-        self._runs_of_a_task = _runs_of_a_task(n_snapshots)
+        self._runs_of_a_task = products_of_a_task(n_snapshots)
+        """A node's runs are short."""
 
     def add(self, W_tb: Tensor, start: int, stop: int) -> None:
         """The rows [start, stop) of a unit, (T, >= stop - start) with any strides."""
-        tasks = list(self._tasks(start, stop))
-        found: list[_Found | None] = [None] * len(tasks)
-
-        def work(slots: Iterable[int]) -> None:
-            with torch.inference_mode():
-                for slot in slots:
-                    found[slot] = _multiply(W_tb, tasks[slot], start)
-
-        ahead = self._threads * _AHEAD
-        for first in range(0, len(tasks), ahead):
-            slots = range(first, min(first + ahead, len(tasks)))
-            # in workers even for one thread: the caller's own thread may use several inside a product
-            ops.run_in_workers(work, slots, self._threads)
-            # in the order of the rows, whoever was ready first
-            for slot in slots:
-                each, found[slot] = found[slot], None
-                assert each is not None
-                for run, product in zip(tasks[slot], each.products, strict=True):
-                    self.grams.packed[run.group] += product
-                self._name(each.non_finite)
+        work = partial(_multiply, W_tb, start)
+        for runs, found in in_task_order(work, list(self._tasks(start, stop)), self._threads):
+            for run, product in zip(runs, found.products, strict=True):
+                self.grams.packed[run.group] += product
+            self._name(found.non_finite)
 
     def _tasks(self, start: int, stop: int) -> Iterator[list[Run]]:
         """A few neighbouring runs each, cut at the granules."""
@@ -261,7 +200,7 @@ class _Found:
     """Rows."""
 
 
-def _multiply(W_tb: Tensor, runs: Sequence[Run], start: int) -> _Found:
+def _multiply(W_tb: Tensor, start: int, runs: Sequence[Run]) -> _Found:
     """[p, x_1, x_2, ...] of a few runs with themselves; ``start`` is the row of W_tb's first column."""
     first, last = runs[0].start, runs[-1].stop
     x = torch.empty(W_tb.shape[0], GRANULE, dtype=torch.float64)[:, : last - first]

@@ -29,6 +29,28 @@ if TYPE_CHECKING:
 @click.option("--sampling", default="layer-balanced", show_default=True, help="layer-balanced or uniform.")
 @click.option("--affinity", default="abs-corr", show_default=True, help="abs-corr or corr-profile.")
 @click.option(
+    "--references",
+    type=click.Choice(["row", "component"]),
+    default="row",
+    show_default=True,
+    help="A mode's central row, as in the paper, or the first principal component of its sampled rows.",
+)
+@click.option(
+    "--refine",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="ROUNDS",
+    help="Passes that fit the references to all rows of their modes; ends when nothing is gained.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["energy", "correlation"]),
+    default="energy",
+    show_default=True,
+    help="What components and refined references explain best: all movement, or every row alike.",
+)
+@click.option(
     "--seed", "--seeds", "seeds", default="0", show_default=True, help="Of the sample; several: 0:5."
 )
 @click.option("--params", multiple=True, metavar="REGEX", help="Fit the tensors whose name matches alone.")
@@ -70,6 +92,9 @@ def run(
     samples: int,
     sampling: str,
     affinity: str,
+    references: str,
+    refine: int,
+    objective: str,
     seeds: str,
     params: tuple[str, ...],
     per_module: bool,
@@ -85,9 +110,10 @@ def run(
 ) -> Outcome:
     """Decompose the trajectory STORE into modes and write the result to OUT.
 
-    Every byte of the store is read once, for all fits of it. With several stores, modes, seeds or modules,
-    OUT is a folder, and every combination has a result there. A killed fit goes on where it stopped when the
-    same command is given again, with the same result, bit for bit.
+    Every byte of the store is read once, for all fits of it; once more for every round of --refine. With
+    several stores, modes, seeds or modules, OUT is a folder, and every combination has a result there. A
+    killed fit goes on where it stopped when the same command is given again, with the same result, bit for
+    bit.
 
     \b
     cmdgpu fit run.zarr -o run.cmd.zarr --modes 10
@@ -95,6 +121,7 @@ def run(
     cmdgpu fit run.zarr -o small.cmd.zarr --memory-limit 512MiB --device cpu
     cmdgpu fit run*.zarr -o fits/ --modes 2,5,10 --seeds 0:5
     cmdgpu fit gan.zarr -o fits/ --per-module
+    cmdgpu fit run.zarr -o better.cmd.zarr --references component --refine 5
     torchrun --nproc-per-node 4 -m cmdgpu fit run.zarr -o run.cmd.zarr --executor ranks
     """
     if modes is not None and threshold is not None:
@@ -116,7 +143,7 @@ def run(
     }  # fmt: skip
     settings: dict[str, Any] = {
         "threshold": threshold, "n_samples": samples, "sampling": sampling, "affinity": affinity,
-        "device": device,
+        "references": references, "refine": refine, "objective": objective, "device": device,
     }  # fmt: skip
     if several or per_module or (out.endswith("/") and not Path(out, "zarr.json").exists()):
         with MemoryMeter() as meter:
@@ -130,7 +157,7 @@ def run(
     traj = selection.of(Trajectory.open(store))
     with MemoryMeter() as meter:
         cmd.fit(traj, out=out, **options)
-    return _told_by(rank, _one_outcome(store, traj, cmd, out, meter))
+    return _told_by(rank, _one_outcome(store, traj, cmd, out, meter) if not rank else Outcome({}, ""))
 
 
 def _rank(executor: str) -> int:
@@ -156,7 +183,10 @@ def _one_outcome(store: str, traj: Trajectory, cmd: CMD, out: str, meter: Memory
         f"{show_bytes(traj.stored_bytes)}, {traj.unit}s {chosen[0]}..{chosen[-1]}"
     )
     tail = f"wrote {out}, peak memory {show_bytes(meter.above_start_bytes)} above the start"
-    payload = {"out": out, **cmd.metrics_, "buffers": cmd.buffer_metrics_, **_peaks(meter)}
+    payload = {
+        "out": out, **cmd.metrics_, "buffers": cmd.buffer_metrics_, "quality": cmd.quality().to_dict(),
+        **_peaks(meter),
+    }  # fmt: skip
     return Outcome(payload, "\n".join([head, cmd.summary(), tail]))
 
 

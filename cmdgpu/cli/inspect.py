@@ -127,6 +127,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _result(path: Place, params: list[str]) -> tuple[dict[str, Any], list[str], ParameterMap]:
+    from cmdgpu.decomposition import CMD
     from cmdgpu.results import describe_result, spoken
 
     found = describe_result(path)
@@ -149,17 +150,25 @@ def _result(path: Place, params: list[str]) -> tuple[dict[str, Any], list[str], 
         "params": list(found.params),
         "fingerprint": found.fingerprint,
     }
+    if found.rounds:
+        payload |= {"rounds": found.rounds, "refinement": list(found.refinement)}
     lines = [
         f"result  {path}",
         f"  {found.status}: {found.units_done} of {len(found.frame.live_units)} units, "
         f"{found.frame.map.n_live} rows x {len(found.frame.steps)} snapshots, {found.n_modes} modes",
         "  " + ", ".join(f"{key} {value}" for key, value in found.config.items() if value is not None),
     ]
+    if found.rounds:
+        told = ", ".join(f"{value:.4f}" for value in found.refinement) or "not begun"
+        lines.append(f"  references refined in up to {found.rounds} rounds: {told}")
     if found.params:
         lines.append(f"  only tensors that match {spoken(found.params)}: {len(found.frame.map)} of them")
     if found.metrics:
         lines.append(f"  mode sizes {metrics['mode_sizes']}")
         lines.append(f"  mean |corr| {metrics['mean_abs_correlation']}, R^2 {metrics['r2']}")
+        quality = CMD.load(path).quality()
+        payload["quality"] = quality.to_dict()
+        lines.append(f"  {quality.words.splitlines()[0]}")
     return payload, lines, mapped
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cmdgpu.errors import NotAStore, StoreCorrupt
 from cmdgpu.results import stored
-from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result
+from cmdgpu.results.contract import Frame, ModeSet, Provenance, Refine, Result
 from cmdgpu.results.head import read_head
 from cmdgpu.results.remote import begin_remote, join_remote
 from cmdgpu.results.stored import StoredWriter
@@ -15,18 +15,25 @@ from cmdgpu.store.places import Place, RemotePath
 
 
 def begin_result(
-    out: Place, frame: Frame, provenance: Provenance, make_modes: Callable[[], ModeSet], *, resume: bool
+    out: Place,
+    frame: Frame,
+    provenance: Provenance,
+    make_modes: Callable[[], ModeSet],
+    *,
+    resume: bool,
+    refine: Refine | None = None,
 ) -> StoredWriter | Result:
     """The writer of a fit that is to end up at ``out``; the result itself when it is there already.
 
     ``make_modes`` (sample and cluster) is called only when no unfinished fit of this fingerprint is found:
     its references are then taken from there, since a second clustering could split a near-tie differently.
+    ``refine`` then makes the rounds of refinement that it lacks; each is kept when it is done.
     Raises StoreExists, naming the setting that differs, for another fit at ``out`` or unfinished beside it;
     ``resume=False`` throws unfinished ones away, never a finished one.
     """
     if isinstance(out, RemotePath):
-        return begin_remote(out, frame, provenance, make_modes, resume=resume)
-    return stored.begin_result(out, frame, provenance, make_modes, resume=resume)
+        return begin_remote(out, frame, provenance, make_modes, resume=resume, refine=refine)
+    return stored.begin_result(out, frame, provenance, make_modes, resume=resume, refine=refine)
 
 
 def join_result(out: Place, partial: Place) -> StoredWriter | None:

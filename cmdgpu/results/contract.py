@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class ModeSet:
     references: F32
     """R_mt (M, T)"""
     reference_row: I64
-    """(M,)"""
+    """(M,); -1 for a reference that is no row"""
     sample_row: I64
     """(K,) ascending"""
     sample_mode: I16
@@ -49,6 +49,20 @@ class ModeSet:
             field.name: fmt.sha256(np.ascontiguousarray(getattr(self, field.name)).tobytes())
             for field in dataclasses.fields(self)
         }
+
+
+@dataclass(frozen=True)
+class Refined:
+    """References between two rounds of refinement."""
+
+    references: F32
+    """(M, T)"""
+    values: tuple[float, ...] = ()
+    """The objective at the start and after every round; nothing before the first."""
+
+
+Refine: TypeAlias = Callable[[Refined], Iterator[Refined]]
+"""What every further round leaves, until nothing is left to do."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,8 @@ class Result:
     n_bytes: int
     """Bytes of everything needed to rebuild: references and four numbers per row."""
     path: Place | None = None
+    refinement: tuple[float, ...] = ()
+    """The objective before and after every round; of references that were not refined nothing."""
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from cmdgpu.errors import StoreCorrupt
+from cmdgpu.profiles import MAX_ROUNDS, OBJECTIVES, REFERENCES
 from cmdgpu.results.contract import MOST_PATTERNS, Frame
-from cmdgpu.results.modes import MODE_ARRAYS
+from cmdgpu.results.modes import MODE_ARRAYS, REFINING
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import ParameterMap
 from cmdgpu.store.places import Place
@@ -23,6 +25,13 @@ _CONFIG: Final[dict[str, tuple[type, ...]]] = {
     "affinity": (str,),
     "random_state": (int,),
 }
+_SAID: Final[dict[str, Sequence[Any]]] = {
+    "buffers": ("skip",),
+    "references": REFERENCES[1:],
+    "refine": range(1, MAX_ROUNDS + 1),
+    "objective": OBJECTIVES,
+}
+"""Settings that are said where they are not the usual ones."""
 _MAX_UNITS: Final = 1 << 22
 """More units than any fit has at its default size: 10^12 rows."""
 _MAX_PATTERN: Final = 4096
@@ -73,17 +82,36 @@ def read_head(path: Place) -> tuple[fmt.Json, dict[str, Any], Frame]:
     require(origin is None or (isinstance(origin, str) and len(origin) <= 4096), "origin")
     config = fmt.as_dict(head.get("config")) or {}
     require(
-        set(config) - {"buffers"} == set(_CONFIG)
-        and config.get("buffers", "skip") == "skip"  # said only of a fit that left them out
+        set(config) - set(_SAID) == set(_CONFIG)
         and all(type(config[key]) in kinds for key, kinds in _CONFIG.items())
+        and all(_is_one_of(config[key], known) for key, known in _SAID.items() if key in config)
+        and ("objective" in config) == bool({"references", "refine"} & set(config))
         and all(_NAME.fullmatch(value) for value in config.values() if isinstance(value, str)),
         "config",
     )
+    require(_is_refinement(head, config.get("refine", 0)), "refinement")
     code = fmt.as_dict(head.get("code")) or {}
     require(bool(code) and all(isinstance(value, str | None) for value in code.values()), "code")
     metrics = fmt.as_dict(head.get("metrics"))
     require((metrics is not None) == (head["status"] == "complete") and _are_numbers(metrics), "metrics")
     return document, head, frame
+
+
+def _is_one_of(value: object, known: Sequence[Any]) -> bool:
+    return type(value) is type(known[0]) and value in known
+
+
+def _is_refinement(head: Mapping[str, Any], rounds: int) -> bool:
+    """What is said of rounds of refinement: where there are any, and more of them only before the units."""
+    values = fmt.as_list(head.get("refinement", []))
+    return (
+        values is not None
+        and ("refinement" in head) == bool(rounds)
+        and all(type(value) is float for value in values)
+        and len(values) <= rounds + 1
+        and all(a <= b for a, b in itertools.pairwise(values))
+        and (REFINING not in head or (head["status"] == "incomplete" and _is_hex(head[REFINING])))
+    )
 
 
 def _are_numbers(value: object) -> bool:

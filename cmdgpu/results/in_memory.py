@@ -12,10 +12,13 @@ from cmdgpu.store import format as fmt
 class MemoryWriter:
     """Units into arrays; nothing survives the process."""
 
-    def __init__(self, frame: Frame, modes: ModeSet, provenance: Provenance) -> None:
+    def __init__(
+        self, frame: Frame, modes: ModeSet, provenance: Provenance, refinement: tuple[float, ...] = ()
+    ) -> None:
         self.modes = modes
         self.frame = frame
         self._provenance = provenance
+        self._refinement = refinement
         self._arrays = {
             name: np.full(frame.n_rows, fill, dtype=kind) for name, (kind, fill) in fmt.RESULT_ROWS.items()
         }
@@ -46,4 +49,5 @@ class MemoryWriter:
             totals=totals,
             provenance=self._provenance.to_json(),
             n_bytes=result_bytes(n_rows, self.modes.n_modes, n_snapshots),
+            refinement=self._refinement,
         )

@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from cmdgpu.errors import StoreCorrupt
-from cmdgpu.notation import MAX_MODES, NON_FINITE, AnyArray
+from cmdgpu.notation import MAX_MODES, NO_ROW, NON_FINITE, AnyArray
 from cmdgpu.results.contract import ModeSet
+from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
 from cmdgpu.store.chunks import ChunkDamage, read_chunk, stored_crc
 from cmdgpu.store.commit import own_directory
@@ -24,6 +25,15 @@ MODE_ARRAYS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "sample": ("float32", ("sample", "snapshot")),
     "linkage": ("float64", ("merge", "field")),
 }
+
+
+REFINING: Final = "refining"
+"""In a head: digest of the references that the last round of refinement left, until all rounds are done."""
+
+
+def round_name(k: int) -> str:
+    """The file of the references that round k left, beside the chunk of those the fit began with."""
+    return f"round.{k}{durable.PARTIAL}"
 
 
 def mode_documents(modes: ModeSet) -> dict[str, fmt.Json]:
@@ -69,6 +79,7 @@ class StoredSample:
 def read_modes(path: Place, head: Mapping[str, Any], n_rows: int, *, keeps_sample: bool = False) -> ModeSet:
     """The small arrays, each against its digest, all against each other. Raises StoreCorrupt.
 
+    While references are refined they are those of the last round.
     The sample is looked at like the others and let go of, unless it is to be kept.
     """
     arrays: dict[str, Any] = {}
@@ -78,19 +89,23 @@ def read_modes(path: Place, head: Mapping[str, Any], n_rows: int, *, keeps_sampl
         array = fmt.check_array(document, path / name / fmt.DOCUMENT, dims, 0)
         if array.zarr_type != kind or array.chunks != tuple(max(size, 1) for size in array.shape):
             raise StoreCorrupt(f"holds {array.zarr_type} in chunks {array.chunks}", file=path / name)
-        digest = head["digests"].get(name)
-        values = _read_array(path / name, array.shape, np.dtype(kind), digest)
+        digest, file = head["digests"].get(name), None
+        if name == "references" and REFINING in head and head["refinement"]:
+            digest, file = head[REFINING], round_name(len(head["refinement"]) - 1)
+        values = _read_array(path / name, array.shape, np.dtype(kind), digest, file)
         is_kept = name != "sample" or keeps_sample
         arrays[name] = values if is_kept else StoredSample(path / name, array.shape, digest)
-    if problem := _disagreement(arrays, len(head["steps"]), n_rows):
+    if problem := _disagreement(arrays, len(head["steps"]), n_rows, are_rows=are_rows(head["config"])):
         raise StoreCorrupt(problem, file=path)
     return ModeSet(**arrays)
 
 
-def _read_array(directory: Place, shape: tuple[int, ...], kind: np.dtype[Any], digest: str) -> AnyArray:
-    """A small array, which must be what its digest says."""
+def _read_array(
+    directory: Place, shape: tuple[int, ...], kind: np.dtype[Any], digest: str, name: str | None = None
+) -> AnyArray:
+    """A small array, which must be what its digest says; in its one chunk, where no other file is named."""
     n_bytes = math.prod(shape) * kind.itemsize
-    file = directory / fmt.chunk_name(*[0] * len(shape))
+    file = directory / (name or fmt.chunk_name(*[0] * len(shape)))
     try:
         if n_bytes:
             stored_crc(file, n_bytes)  # memory only for what is there
@@ -111,7 +126,12 @@ def _no_more(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _disagreement(arrays: Mapping[str, Any], n_snapshots: int, n_rows: int) -> str | None:
+def are_rows(config: Mapping[str, Any]) -> bool:
+    """Whether the references of a fit are rows of its trajectory."""
+    return config.get("references", "row") == "row" and not config.get("refine")
+
+
+def _disagreement(arrays: Mapping[str, Any], n_snapshots: int, n_rows: int, *, are_rows: bool) -> str | None:
     n_modes, n_samples = len(arrays["reference_row"]), len(arrays["sample_row"])
     shapes = {
         "references": (n_modes, n_snapshots),
@@ -126,11 +146,14 @@ def _disagreement(arrays: Mapping[str, Any], n_snapshots: int, n_rows: int) -> s
     n_clustered = int((arrays["sample_mode"] >= 0).sum())
     if arrays["linkage"].shape != (max(n_clustered - 1, 0), 4):
         return f"linkage has the shape {arrays['linkage'].shape} for {n_clustered} clustered rows"
-    limits = {"reference_row": n_rows, "sample_row": n_rows, "sample_mode": n_modes}
-    for name, stop in limits.items():
-        least = NON_FINITE if name == "sample_mode" else 0
+    limits = {
+        "reference_row": (0, n_rows) if are_rows else (NO_ROW, NO_ROW + 1),
+        "sample_row": (0, n_rows),
+        "sample_mode": (NON_FINITE, n_modes),
+    }
+    for name, (least, stop) in limits.items():
         if arrays[name].size and not (arrays[name].min() >= least and arrays[name].max() < stop):
-            return f"{name} points outside of {stop}"
+            return f"{name} points outside of {least}..{stop - 1}"
     if n_modes > MAX_MODES:
         return f"{n_modes} modes, {MAX_MODES} at most"
     return None

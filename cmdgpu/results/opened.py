@@ -95,6 +95,7 @@ def result_of(ledger: Ledger, modes: ModeSet, head: Mapping[str, Any], totals: T
         provenance={part: head[part] for part in _PROVENANCE if part in head},
         n_bytes=_stored_bytes(ledger, modes, head),
         path=ledger.path,
+        refinement=tuple(head.get("refinement", ())),
     )
 
 
@@ -211,6 +212,13 @@ class Description:
     params: tuple[str, ...]
     """What chose the tensors; empty for a fit of all."""
     metrics: Mapping[str, Any] | None
+    refinement: tuple[float, ...]
+    """The objective before and after every finished round."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of refinement at most; 0 for a fit without."""
+        return int(self.config.get("refine", 0))
 
 
 def describe_result(path: Place) -> Description:
@@ -225,4 +233,5 @@ def describe_result(path: Place) -> Description:
         source={key: value for key, value in head["source"].items() if key != "steps"},
         params=tuple(head.get("params", ())),
         metrics=head.get("metrics"),
+        refinement=tuple(head.get("refinement", ())),
     )

@@ -24,10 +24,11 @@ from typing import Any, Final
 import numpy as np
 
 from cmdgpu.errors import NotAStore, StoreCorrupt, StoreExists
-from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result
+from cmdgpu.results.contract import Frame, ModeSet, Provenance, Refine, Result
 from cmdgpu.results.head import read_head
 from cmdgpu.results.ledger import DONE, UNIT_ARRAYS, unit_documents
 from cmdgpu.results.modes import MODE_ARRAYS, mode_documents
+from cmdgpu.results.rounds import settle
 from cmdgpu.results.stored import StoredWriter, first_head, same_or_refuse
 from cmdgpu.store import durable, remote
 from cmdgpu.store import format as fmt
@@ -40,7 +41,13 @@ _LISTING_LASTS_S: Final = 5.0
 
 
 def begin_remote(
-    out: RemotePath, frame: Frame, provenance: Provenance, make_modes: Callable[[], ModeSet], *, resume: bool
+    out: RemotePath,
+    frame: Frame,
+    provenance: Provenance,
+    make_modes: Callable[[], ModeSet],
+    *,
+    resume: bool,
+    refine: Refine | None = None,
 ) -> RemoteWriter | Result:
     """``begin_result`` on an object store."""
     head = _head_at(out)
@@ -53,6 +60,8 @@ def begin_remote(
         _create(out, frame, provenance, make_modes())
         head = _head_at(out)
     if head is not None and head["fingerprint"] == provenance.fingerprint:
+        if refine is not None:
+            settle(out, refine)
         return RemoteWriter(out, frame)
     if head is None:
         raise StoreExists("was taken away while it was begun", file=out, hint="run the same command again")

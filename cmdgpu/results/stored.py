@@ -13,7 +13,7 @@ import numpy as np
 
 from cmdgpu.errors import CmdgpuError, StoreCorrupt, StoreExists, WriteFailed
 from cmdgpu.notation import AnyArray
-from cmdgpu.results.contract import Frame, ModeSet, Provenance, Result, UnitRows, result_bytes
+from cmdgpu.results.contract import Frame, ModeSet, Provenance, Refine, Result, UnitRows, result_bytes
 from cmdgpu.results.head import read_head
 from cmdgpu.results.ledger import (
     DONE,
@@ -27,6 +27,7 @@ from cmdgpu.results.ledger import (
 )
 from cmdgpu.results.modes import StoredSample, mode_documents, read_modes
 from cmdgpu.results.opened import open_result, partial_path, partials_of, result_of
+from cmdgpu.results.rounds import settle, unsettled
 from cmdgpu.statistics import Totals, UnitStatistics, summarise
 from cmdgpu.store import durable
 from cmdgpu.store import format as fmt
@@ -35,7 +36,13 @@ from cmdgpu.store.places import Place
 
 
 def begin_result(
-    out: Path, frame: Frame, provenance: Provenance, make_modes: Callable[[], ModeSet], *, resume: bool
+    out: Path,
+    frame: Frame,
+    provenance: Provenance,
+    make_modes: Callable[[], ModeSet],
+    *,
+    resume: bool,
+    refine: Refine | None = None,
 ) -> StoredWriter | Result:
     """``begin_result`` of ``beginning``, in a folder."""
     if out.exists() or out.is_symlink():
@@ -58,6 +65,8 @@ def begin_result(
             if out.exists():  # ended by another process while this one sampled: nobody would need ours
                 durable.remove(durable.set_aside(mine))
                 return same_or_refuse(out, provenance)
+        if refine is not None:
+            settle(mine, refine)
         return StoredWriter(out, mine, frame)
     except CmdgpuError:
         if not out.exists():
@@ -107,15 +116,17 @@ def _create(path: Path, frame: Frame, provenance: Provenance, modes: ModeSet) ->
 
 def first_head(frame: Frame, provenance: Provenance, modes: ModeSet) -> fmt.Json:
     """The group document of a fit that begins."""
+    digests = modes.digests()
     head = fmt.own(
         "result",
         status="incomplete",
         fingerprint=provenance.fingerprint,
-        digests=modes.digests(),
+        digests=digests,
         units={"rows": frame.rows, "count": frame.n_units},
         steps=frame.steps.tolist(),
         layout=frame.map.to_json(),
         **provenance.to_json(),
+        **(unsettled(digests) if provenance.config.get("refine") else {}),
     )
     return fmt.group_document({"cmdgpu": head})
 

@@ -32,7 +32,11 @@ OPTIONS: dict[str, set[str]] = {
     "fit": {
         *("stores", "out", "modes", "threshold", "samples", "sampling", "affinity", "seeds", "device"),
         *("memory_limit", "start", "stop", "stride", "steps", "buffers", "resume"),
-        *("params", "per_module", "executor"),
+        *("params", "per_module", "executor", "references", "refine", "objective"),
+    },
+    "compare": {
+        *("source", "methods", "modes", "steps", "evaluate", "model", "loader", "batch_norm", "select"),
+        *("csv", "figure", "memory_limit"),
     },
     "export": {"source", "out", "step", "kind", "max_shard_size", "params", "buffers"},
     "doctor": set(),
@@ -121,6 +125,10 @@ def test_help_and_wrong_command_lines_load_neither_torch_nor_zarr(arguments: lis
         (
             ["export", "run.cmd.zarr", "-o", "x.pt", "--step", "30"],
             {"out", "format", "step", "n_tensors", "bytes", "left_out", "buffers"},
+        ),
+        (
+            ["compare", "run.zarr", "--baselines", "ema,pca:components=2", "--step", "70", "--step", "30"],
+            {"methods", "last", "selected", "steps", "scores", "batch_norm", "n_parameters", "csv", "figure"},
         ),
         (["doctor"], {"python", "torch", "devices", "implementations", "problems", "cpu_count"}),
     ],

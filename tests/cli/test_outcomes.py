@@ -371,6 +371,8 @@ def test_inspect_says_what_a_result_holds(folder: Path) -> None:
     said = run_cli("inspect", "out.zarr", "--json").json
     assert said["mode_sizes"] == cmd.metrics_["mode_sizes"] and said["r2"] == cmd.metrics_["r2"]
     assert said["config"]["n_samples"] == 60 and "steps" not in said["source"]
+    assert said["quality"] == cmd.quality().to_dict()
+    assert cmd.quality().words.splitlines()[0] in ended.out
     assert "tensors" not in said
 
 
@@ -378,6 +380,7 @@ def test_what_a_fit_says_is_what_the_result_says(folder: Path) -> None:
     said = run_cli("fit", "s.zarr", "-o", "new.zarr", *FIT, "--json", "-q").json
     metrics = json.loads(json.dumps(outcome.strict(CMD.load(folder / "new.zarr").metrics_)))
     assert {key: said[key] for key in metrics} == metrics
+    assert said["quality"] == CMD.load(folder / "new.zarr").quality().to_dict()
     assert said["out"] == "new.zarr" and said["bytes_read"] == 5 * ROWS * T * 4
     assert set(said["stage_s"]) == {"sample", "cluster", "pass", "finish"}
     assert 0 < said["peak_rss_bytes"] < 1 << 30 and said["peak_device_bytes"] >= 0

@@ -116,7 +116,7 @@ def _exported(source: Trajectory | CMD, path: Path, suffix: str) -> bytes:
 def _metrics(cmd: CMD) -> bytes:
     """Without the bytes on disk, which are what is damaged."""
     numbers = {name: value for name, value in cmd.metrics_.items() if name != "result_bytes"}
-    return repr((numbers, cmd.tensor_shares_, cmd.summary().splitlines()[:-1])).encode()
+    return repr((numbers, cmd.tensor_shares_, cmd.summary(quality=False).splitlines()[:-1])).encode()
 
 
 def _described(path: Path) -> bytes:
