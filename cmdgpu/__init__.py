@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cmdgpu import hf as hf
     from cmdgpu import lightning as lightning
     from cmdgpu import plot as plot
+    from cmdgpu.comparison import Comparison as Comparison
+    from cmdgpu.comparison import compare as compare
     from cmdgpu.decomposition import CMD as CMD
     from cmdgpu.errors import CmdgpuError as CmdgpuError
     from cmdgpu.errors import CmdgpuWarning as CmdgpuWarning
@@ -25,6 +27,8 @@ _HOMES: Final = {
     "Recorder": "cmdgpu.recording",
     "Trajectory": "cmdgpu.trajectory",
     "CMD": "cmdgpu.decomposition",
+    "Comparison": "cmdgpu.comparison",
+    "compare": "cmdgpu.comparison",
     "CmdgpuError": "cmdgpu.errors",
     "CmdgpuWarning": "cmdgpu.errors",
 }
@@ -36,10 +40,12 @@ __all__ = [
     "CMD",
     "CmdgpuError",
     "CmdgpuWarning",
+    "Comparison",
     "Recorder",
     "Trajectory",
     "__version__",
     "baselines",
+    "compare",
     "plot",
 ]
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cmdgpu.comparison import Comparison, Evaluation, compare
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import StoreExists, UsageError
 from cmdgpu.notation import F64, I64, U8
@@ -251,35 +252,38 @@ def run_demo(
     tell = Silent() if progress is None else progress
     _claim(directory)
 
-    fits: list[FitReport] = []
-    fitted: list[CMD] = []
     run = directory / RUN
     images = split_digits(load_digits(), seed, where)
     model = initial_model(seed, where)
     _train(model, images, run, seed=seed, epochs=epochs, progress=tell)
     trajectory = Trajectory.open(run)
     steps = np.asarray(trajectory.steps)
-    training = _follow(trajectory.load_into, model, images, steps, "training", tell)
-    curves = {"training": training.test_t}
+    took: dict[str, float] = {}
+    fitted: dict[str, CMD] = {}
     for n_modes in MODES:
-        result = directory / _result_name(n_modes)
         started = time.perf_counter()
-        cmd = CMD(n_modes=n_modes, random_state=seed, device=device).fit(
-            trajectory, out=result, progress=tell
-        )
-        fit_s = time.perf_counter() - started
-        fitted.append(cmd)
         name = f"CMD, M = {n_modes}"
-        curve = _follow(cmd.load_into, model, images, steps, name, tell)
-        curves[name] = curve.test_t
-        fits.append(_report_fit(cmd, n_modes, score_of(steps, curve), result, seed, fit_s))
+        fitted[name] = CMD(n_modes=n_modes, random_state=seed, device=device).fit(
+            trajectory, out=directory / _result_name(n_modes), progress=tell
+        )
+        took[name] = time.perf_counter() - started
+    comparison = compare(
+        trajectory, {"training": "recorded", **fitted}, evaluation(images), model=model, progress=tell
+    )
+    curves = {label: _curve_of(comparison, label) for label in comparison.labels}
+    fits = [
+        _report_fit(
+            cmd, n_modes, score_of(steps, curves[name]), directory / _result_name(n_modes), seed, took[name]
+        )
+        for n_modes, (name, cmd) in zip(MODES, fitted.items(), strict=True)
+    ]
 
     n, t = trajectory.shape
-    finest = fitted[-1]
+    finest = fitted[f"CMD, M = {MODES[-1]}"]
     figures = {
         ACCURACY: accuracy_against_step(
             steps,
-            curves,
+            {label: curve.test_t for label, curve in curves.items()},
             unit=trajectory.unit,
             title=f"Test accuracy of every rebuilt snapshot (N = {n:,}, T = {t}, {SPLIT[2]} test images)",
         ),
@@ -298,13 +302,49 @@ def run_demo(
         n_samples=int(np.count_nonzero(np.asarray(finest.sample_labels_) >= 0)),
         trajectory=run,
         trajectory_bytes=trajectory.stored_bytes,
-        training=score_of(steps, training),
+        training=score_of(steps, curves["training"]),
         fits=tuple(fits),
         figures=tuple(directory / name for name in figures),
         elapsed_s=time.perf_counter() - began,
     )
     _write_marker(directory, report.to_json())
     return report
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a finished demo trained, to compare methods by; see ``cmdgpu.compare``."""
+
+    place: Path
+    """The trajectory, or a result of it."""
+    model: nn.Module
+    evaluate: Evaluation
+
+
+SELECT: Final = ("validation_accuracy", "min:validation_loss")
+
+
+def task_of(place: Path | str) -> Task:
+    """The task of the demo in a folder, or of a trajectory or a result in it.
+
+    Raises UsageError where no demo lies, or none was finished.
+    """
+    place = Path(place)
+    directory = place if _is_demo(place) else place.parent
+    if not _is_demo(directory):
+        raise UsageError(
+            "is nothing that `cmdgpu demo` made", file=place, hint="give its folder, or a store in it"
+        )
+    made = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+    if "seed" not in made:
+        raise UsageError("this demo was not finished", file=directory, hint="run `cmdgpu demo` again")
+    device = resolve_device(made["device"])
+    images = split_digits(load_digits(), made["seed"], device)
+    return Task(
+        directory / RUN if place == directory else place,
+        initial_model(made["seed"], device),
+        evaluation(images),
+    )
 
 
 # --- the directory ---------------------------------------------------------------------------------
@@ -491,27 +531,26 @@ class Curve:
     test_t: F64
 
 
-@_reproducible()
-def _follow(
-    load_into: Callable[[nn.Module, int], object],
-    model: nn.Module,
-    images: Images,
-    steps: I64,
-    what: str,
-    progress: Progress,
-) -> Curve:
-    """Rebuild every snapshot in the model and judge it."""
-    snapshot_bytes = sum(4 * p.numel() for p in model.parameters())
-    verdicts: list[Verdict] = []
-    with _announced(progress, f"rebuilding {what}", len(steps) * snapshot_bytes):
-        for step in steps.tolist():
-            load_into(model, step)
-            verdicts.append(judge(model, images))
-            progress.advance(snapshot_bytes)
+def evaluation(images: Images) -> Evaluation:
+    """``judge`` with names for its numbers, the same on any number of threads."""
+
+    @_reproducible()
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        verdict = judge(model, images)
+        return {
+            "test_accuracy": verdict.test,
+            "validation_accuracy": verdict.validation,
+            "validation_loss": verdict.validation_loss,
+        }
+
+    return evaluate
+
+
+def _curve_of(comparison: Comparison, label: str) -> Curve:
     return Curve(
-        validation_t=np.array([v.validation for v in verdicts]),
-        validation_loss_t=np.array([v.validation_loss for v in verdicts]),
-        test_t=np.array([v.test for v in verdicts]),
+        validation_t=comparison.curve(label, "validation_accuracy"),
+        validation_loss_t=comparison.curve(label, "validation_loss"),
+        test_t=comparison.curve(label, "test_accuracy"),
     )
 
 

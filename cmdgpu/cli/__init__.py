@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "verify": "check every byte of a trajectory or a result",
     "repair": "bring a damaged trajectory back to its last whole snapshot",
     "fit": "decompose a trajectory into modes, out of core",
+    "compare": "hold methods against the recorded snapshots: weights, scores, bytes, seconds",
     "export": "write one step of a trajectory or a result as a file",
     "doctor": "say what this machine can do, and why not more",
 }
