@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from cmdgpu.notation import F32, I64, AnyArray
+from cmdgpu.notation import F32, F64, I64, AnyArray
 from cmdgpu.sampling import candidate_rows
 from cmdgpu.store import format as fmt
 from cmdgpu.store.parameter_map import Kind, ParameterMap, whole
@@ -48,6 +48,23 @@ def _block(prefix: str, width: int) -> tuple[int, list[tuple[str, tuple[int, ...
     }  # fmt: skip
     tensors = [(f"{prefix}.{name}", shape) for name, shape in shapes.items()]
     return sum(math.prod(shape) for _, shape in tensors), tensors
+
+
+def planted_rows(
+    rng: np.random.Generator, n_rows: int, n_snapshots: int, n_modes: int, noise: float
+) -> tuple[F64, I64]:
+    """Rows a r_m + b + noise in memory, (n, T) float64, and the mode of each.
+
+    The profiles are random walks made orthogonal to each other and to a constant, of RMS 1; |a| is uniform in
+    0.5 .. 1.5 with either sign, b in 0 .. 1, and the noise is white and normal, ``noise`` its RMS: a row of
+    |a| = 1 correlates with its profile at 1 / sqrt(1 + noise^2). M < T.
+    """
+    walks = np.cumsum(rng.standard_normal((n_modes, n_snapshots)), axis=1)
+    basis, _ = np.linalg.qr((walks - walks.mean(axis=1, keepdims=True)).T)
+    mode_n = rng.integers(n_modes, size=n_rows)
+    a_n = rng.uniform(0.5, 1.5, n_rows) * rng.choice([-1.0, 1.0], n_rows)
+    rows = a_n[:, None] * (math.sqrt(n_snapshots) * basis.T)[mode_n] + rng.random((n_rows, 1))
+    return rows + noise * rng.standard_normal((n_rows, n_snapshots)), mode_n
 
 
 @dataclass(frozen=True)

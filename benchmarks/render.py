@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
 
+from benchmarks.experiments import ablations, chance, recovery, references  # noqa: E402
+from benchmarks.experiments.claims import (  # noqa: E402
+    CLAIMS,
+    claim_rows,
+    method_head,
+    method_rows,
+    remarks,
+    where,
+)
 from benchmarks.machine import RESULTS  # noqa: E402
 from benchmarks.scaling import AXES, curves  # noqa: E402
 from cmdgpu.memory import show_bytes  # noqa: E402
@@ -258,6 +267,80 @@ def tune(results: Results) -> list[str]:
     return table(["T=100, resident", "frozen launch", "of the copy", "of reading", "fastest tried"], rows)
 
 
+# ---- experiments ----------------------------------------------------------------------------------------
+
+EXPERIMENTS = "<!-- rendered from results/experiments/*.json -->"
+
+
+def _noises(results: Results) -> list[str]:
+    noises = dict.fromkeys(one["noise"] for one in results["curves"])
+    return ["affinity", "T", "M", "holds up to noise", *(f"ARI at {noise:g}" for noise in noises)]
+
+
+Others: TypeAlias = tuple[str, Callable[[Results], list[str]], Callable[[Results], list[list[str]]]]
+OTHERS: dict[str, Others] = {
+    "references": (
+        "Better references at the same bytes",
+        lambda _: ["M", "references", "R² by energy", "R²", "mean \\|corr\\|", "seconds"],
+        references.rows,
+    ),
+    "recovery": ("Planted modes found again: adjusted Rand index against noise", _noises, recovery.rows),
+    "chance": (
+        "The verdict on made trajectories",
+        lambda _: ["family", "trials", "better", "cannot tell", "no better", "excess over chance"],
+        chance.rows,
+    ),
+    "ablations": (
+        "One choice of ours exchanged at a time",
+        lambda _: [
+            "exchanged",
+            "R²",
+            "R² by energy",
+            "mean \\|corr\\|",
+            "ARI with ours",
+            "excess",
+            "verdicts",
+        ],
+        ablations.rows,
+    ),
+}
+"""Experiments about CMD itself: what they show, the head of their table, its rows."""
+
+
+def experiments(found: Mapping[str, Results]) -> list[str]:
+    """The paper's claims beside what was measured; then every method of every experiment; then the others."""
+    head = ["the paper's claim", "measured, mean ± deviation over the seeds", "where"]
+    rows = claim_rows(found)
+    lines = table(head, rows) if rows else []
+    for name, results in found.items():
+        if name in OTHERS:
+            what, head_of, rows_of = OTHERS[name]
+            lines += ["", f"{what} ({where(results)}):", "", *table(head_of(results), rows_of(results))]
+        elif "methods" in results:
+            shown = f"{results['n_parameters'][0]} parameters, {results['n_snapshots'][0]} snapshots"
+            lines += ["", f"`{name}`, {len(results['seeds'])} seeds, {shown}:", ""]
+            lines += table(method_head(results), method_rows(results))
+            lines += ["", *remarks(results)]
+        figures = [f"{name}.png", f"{name}-modes.png"]
+        drawn = [figure for figure in figures if (RESULTS / "experiments" / figure).exists()]
+        lines += ["", *(f"![{figure}](results/experiments/{figure})" for figure in drawn)]
+    return lines
+
+
+def experiments_rendered(page: str, found: Mapping[str, Results]) -> str:
+    before, _, rest = page.partition(EXPERIMENTS)
+    _, _, after = rest.partition(END)
+    body = "\n".join(experiments(found)) or "No results yet."
+    return f"{before}{EXPERIMENTS}\n{body}\n{END}{after}"
+
+
+def experiments_found() -> dict[str, Results]:
+    """By name, in the order of the claims, the others behind them."""
+    files = {file.stem: file for file in sorted((RESULTS / "experiments").glob("*.json"))}
+    order = [*dict.fromkeys(claim.experiment for claim in CLAIMS if claim.experiment in files), *files]
+    return {name: json.loads(files[name].read_text()) for name in dict.fromkeys(order)}
+
+
 # ---- the page -------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
@@ -305,6 +388,7 @@ def main() -> None:
             draw(json.loads(file.read_text())["records"], file.parent)
     for name in TABLES:
         PAGE.write_text(rendered(PAGE.read_text(), name, results_of(name)))
+    PAGE.write_text(experiments_rendered(PAGE.read_text(), experiments_found()))
 
 
 if __name__ == "__main__":

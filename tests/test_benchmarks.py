@@ -50,7 +50,8 @@ def test_every_provider_has_a_checked_figure_or_a_reason(tmp_path: Path) -> None
         assert (r["not_run"] is None) == (r["median_ms"] is not None)
         if r["not_run"] is None:
             assert r["labels_differ"] == 0, r
-            assert r["runs"] == 2 and r["rows_run"] == 1024 and r["gb_per_s"] > 0 and r["spread_ms"] >= 0
+            assert r["runs"] == 2 and r["gb_per_s"] > 0 and r["spread_ms"] >= 0
+            assert 0 < r["rows_run"] <= 1024, "fewer where the slowest would take too long"
             assert r["percent_of_ceiling"] == pytest.approx(100 * r["gb_per_s"] / r["ceiling_gb_per_s"])
     for ceiling in results["ceilings"]:
         assert ceiling["gb_per_s"] == max(ceiling["ways"].values()), "the best of the ways, or it flatters"
