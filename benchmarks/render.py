@@ -315,7 +315,7 @@ def experiments(found: Mapping[str, Results]) -> list[str]:
     for name, results in found.items():
         if name in OTHERS:
             what, head_of, rows_of = OTHERS[name]
-            lines += ["", f"{what} ({where(results)}):", "", *table(head_of(results), rows_of(results))]
+            lines += ["", f"{what} ({where(results)}):", "", *_padded(head_of(results), rows_of(results))]
         elif "methods" in results:
             shown = f"{results['n_parameters'][0]} parameters, {results['n_snapshots'][0]} snapshots"
             lines += ["", f"`{name}`, {len(results['seeds'])} seeds, {shown}:", ""]
@@ -323,8 +323,14 @@ def experiments(found: Mapping[str, Results]) -> list[str]:
             lines += ["", *remarks(results)]
         figures = [f"{name}.png", f"{name}-modes.png"]
         drawn = [figure for figure in figures if (RESULTS / "experiments" / figure).exists()]
-        lines += ["", *(f"![{figure}](results/experiments/{figure})" for figure in drawn)]
+        lines += ["", *(f"![{figure}](results/experiments/{figure})" for figure in drawn)] if drawn else []
     return lines
+
+
+def _padded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A row that has less to say ends in dashes; a bar within a cell is no end of it."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    return table(head, [row + ["-"] * (len(head) - len(row)) for row in cells])
 
 
 def experiments_rendered(page: str, found: Mapping[str, Results]) -> str:

@@ -184,6 +184,7 @@ def test_a_longer_run_continues_and_other_settings_are_refused(tmp_path: Path) -
 # ---- analysis -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_and_selection_are_those_of_the_recorded_run(tmp_path: Path) -> None:
     found = run("simple_net", tmp_path, *TINY, "--seeds", "0:2", "--epochs", "4")
     assert found["command"] == (
@@ -206,6 +207,7 @@ def test_scores_and_selection_are_those_of_the_recorded_run(tmp_path: Path) -> N
         assert (tmp_path / "out" / name).stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network with BatchNorm, with all that is asked of one run, in every row of the tables."""
     from benchmarks import render
@@ -214,8 +216,8 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     for name, fewer in (
         ("MODES", (1, 2, 10)),
         ("SAMPLES", (50, 1000)),
-        ("RESAMPLED", 1),
-        ("HISTORIES", (11, 6)),
+        ("RESAMPLED", 2),
+        ("HISTORIES", (100, 50)),
     ):
         monkeypatch.setattr(sweeps, name, fewer)
     tiny = ("--seeds", "0", "--width", "2")
@@ -231,6 +233,14 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert "nan" not in page
     gd = found["methods"]["GD"]["scores"]["reestimated"]["last"]["test_accuracy"][0]
     assert f"| GD | {100 * gd:.1f} % |" in page
+
+
+def test_the_page_is_rendered_from_the_json_of_the_experiments() -> None:
+    from benchmarks import render
+
+    page = render.PAGE.read_text()
+    assert render.EXPERIMENTS in page
+    assert render.experiments_rendered(page, render.experiments_found()) == page
 
 
 def test_an_analysis_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,13 @@ def test_references_of_some_snapshots_are_given_at_all_of_them() -> None:
         assert abs(np.corrcoef(profile, curve)[0, 1]) == pytest.approx(1, abs=1e-6)
 
 
+def test_references_are_refined_by_all_rows_and_not_by_the_sample_alone() -> None:
+    rows, rule = walks(400, 12), Rule(3, None, "abs-corr", refine=3)
+    alone, together = references_of(rows[:50], rule), references_of(rows[:50], rule, rows[50:])
+    reached = [float(np.mean(follow(rows, R_mt).correlation ** 2)) for R_mt in (alone, together)]
+    assert reached[1] > reached[0] + 0.01
+
+
 def test_increments_are_looked_at_in_two_ways() -> None:
     """Walks: 0.19 when increments find references of their own at T = 100 and M = 10, next to nothing with
     those of the levels.

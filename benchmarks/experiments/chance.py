@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.chance
 
-writes ``results/experiments/chance.json``. Half an hour on two cores.
+writes ``results/experiments/chance.json``. Minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Make: TypeAlias = Callable[[np.random.Generator, int, int, int], F64]
 @dataclass(frozen=True)
 class Config:
     snapshots: tuple[int, ...] = (8, 20, 100)
-    samples: tuple[int, ...] = (100, 400)
+    samples: tuple[int, ...] = (60, 150)
     modes: tuple[int, ...] = (2, 10)
     seeds: int = 20
-    rows: int = 1200
+    rows: int = 500
 
 
 def _planted(noise: float) -> Make:

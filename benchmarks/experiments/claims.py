@@ -13,6 +13,8 @@ from cmdgpu.memory import show_bytes
 from cmdgpu.notation import F64
 
 Results: TypeAlias = Mapping[str, Any]
+TOO_LONG = 1000.0
+"""From here on a power of ten is shown."""
 AVERAGES = ("EMA 0.9", "SWA last quarter", "LAWA 6")
 
 
@@ -33,9 +35,10 @@ def spread(values: F64, digits: int = 2, unit: str = "") -> str:
     known = values[np.isfinite(values)]
     if not len(known):
         return "not finite"
-    text = f"{known.mean():.{digits}f}"
+    form = f".{digits}f" if np.abs(known).max() < TOO_LONG else ".1e"
+    text = f"{known.mean():{form}}"
     if len(known) > 1:
-        text += f" ± {known.std(ddof=1):.{digits}f}"
+        text += f" ± {known.std(ddof=1):{form}}"
     missing = len(values) - len(known)
     return f"{text}{unit} ({missing} not finite)" if missing else f"{text}{unit}"
 
@@ -359,4 +362,7 @@ def _plainly(values: F64) -> str:
 
 def _fit(method: Mapping[str, Any], key: str, digits: str) -> str:
     values = numbers(method["fit"].get(key, [None]))
-    return "-" if np.isnan(values).all() else f"{np.nanmean(values):{digits}}"
+    if np.isnan(values).all():
+        return "-"
+    mean = float(np.nanmean(values))
+    return f"{mean:{digits if abs(mean) < TOO_LONG else '.1e'}}"

@@ -89,6 +89,8 @@ def against(
                 axes.axhline(float(level.mean()), color=INK, linewidth=0.8)
                 axes.annotate("GD", (x[-1], float(level.mean())), va="bottom", ha="right")
             axes.set_xscale("log")
+            axes.set_xticks(x, [f"{each:g}" for each in x])
+            axes.minorticks_off()
             axes.set_title(quantity, loc="left")
             axes.set_xlabel(name_of_x)
             axes.grid(axis="y")
