@@ -25,6 +25,8 @@ class Claim:
     text: str
     experiment: str
     measured: Callable[[Results], str]
+    part: str = "config"
+    """Of the results, without which there is nothing to say."""
 
 
 # ---- numbers in words -----------------------------------------------------------------------------------
@@ -228,24 +230,29 @@ CLAIMS = (
     Claim(
         "ResNet-18: accuracy hardly depends on M, is best at M = 2, and M = 1 works (Figs. 6a, 9)",
         "resnet",
-        _flat_in_modes,
-    ),
-    Claim("ResNet-18: the weights' MSE falls with M (Fig. 6b)", "resnet", _error_in_modes),
-    Claim("ResNet-18: two references that correlate at 0.22 (Fig. 25)", "resnet", _references_of_two),
+        _flat_in_modes, part="sweeps"),
+    Claim("ResNet-18: the weights' MSE falls with M (Fig. 6b)", "resnet", _error_in_modes, part="sweeps"),
     Claim(
-        "ResNet-18: robust to the sample, better than GD, M = 10, K = 1000 (Fig. 10)", "resnet", _samples
+        "ResNet-18: two references that correlate at 0.22 (Fig. 25)",
+        "resnet",
+        _references_of_two,
+        part="sweeps",
     ),
-    Claim("ResNet-18: less variance for larger K, M = 10 (Fig. 11)", "resnet", _sample_sizes),
+    Claim(
+        "ResNet-18: robust to the sample, better than GD, M = 10, K = 1000 (Fig. 10)",
+        "resnet",
+        _samples,
+        part="sweeps",
+    ),
+    Claim("ResNet-18: less variance for larger K, M = 10 (Fig. 11)", "resnet", _sample_sizes, part="sweeps"),
     Claim(
         "ResNet-18: with less history CMD does better (Fig. 13)",
         "resnet",
-        _settings("history", "the last {} %"),
-    ),
+        _settings("history", "the last {} %"), part="sweeps"),
     Claim(
         "ResNet-18: sub-sampling snapshots by 2, 3, 4 costs very little (Fig. 14)",
         "resnet",
-        _settings("stride", "every {}"),
-    ),
+        _settings("stride", "every {}"), part="sweeps"),
     Claim(
         "ResNet-18 without augmentation: node-wise DMD breaks down at r = 10, 50, 90 (Fig. 22)",
         "resnet_plain",
@@ -275,7 +282,7 @@ def claim_rows(found: Mapping[str, Results]) -> list[list[str]]:
     return [
         [claim.text, claim.measured(found[claim.experiment]), where(found[claim.experiment])]
         for claim in CLAIMS
-        if claim.experiment in found
+        if claim.part in found.get(claim.experiment, ())
     ]
 
 
