@@ -6,15 +6,16 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, StepNotFound, UsageError, printable
 from cmdgpu.fitting import Asked, Settings, fit_all
-from cmdgpu.memory import parse_bytes, show_bytes
+from cmdgpu.memory import parse_bytes
 from cmdgpu.miniature import Rule
-from cmdgpu.notation import F32, F64, I16, I64, NO_ROW, NON_FINITE, AnyArray
+from cmdgpu.notation import F32, F64, I16, I64, NON_FINITE, AnyArray
 from cmdgpu.profiles import Objective, ProfileAt, References, sample_fits
 from cmdgpu.progress import Progress, Silent
 from cmdgpu.quality import Quality, Sampled, assess, rows_at_hand
@@ -24,6 +25,7 @@ from cmdgpu.store import format as fmt
 from cmdgpu.store.journal import nearest_steps
 from cmdgpu.store.parameter_map import TensorEntry
 from cmdgpu.store.places import Named, followed, local_path, place_of
+from cmdgpu.summary import in_html, in_words
 from cmdgpu.trajectory import SnapshotReader, Trajectory
 
 if TYPE_CHECKING:
@@ -192,6 +194,14 @@ class CMD:
     def is_fitted(self) -> bool:
         return self._result is not None
 
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """What it was fitted on, as given to ``fit`` or found again by ``load``.
+
+        None before a fit, and where the trajectory is out of reach.
+        """
+        return self._trajectory
+
     # ---- what was found -----------------------------------------------------------------------------
 
     @property
@@ -319,7 +329,7 @@ class CMD:
                 config.get("refine", 0), config.get("objective", "energy"),
             )  # fmt: skip
             self._quality = assess(
-                rows_at_hand(drawn, self._trajectory), self.steps_, self.references_.astype(np.float64), rule
+                rows_at_hand(drawn, self.trajectory), self.steps_, self.references_.astype(np.float64), rule
             )
         return self._quality
 
@@ -328,52 +338,18 @@ class CMD:
 
         That takes a second or two the first time; False leaves it out.
         """
-        metrics = self.metrics_
-        n = max(int(metrics["n_rows"]), 1)
-        stored, original = show_bytes(metrics["result_bytes"]), show_bytes(metrics["trajectory_bytes"])
-        lines = [
-            f"CMD  {self.n_modes_} modes, {metrics['n_rows']} parameters x {len(self.steps_)} snapshots, "
-            f"{metrics['n_samples']} rows sampled",
-            " mode        rows    share   |corr| median       5-95 %    reference",
-            *(self._mode_line(m, metrics, n) for m in range(self.n_modes_)),
-            f"mean |corr| {metrics['mean_abs_correlation']:.4f}   R^2 {metrics['r2']:.4f} "
-            f"(by energy {metrics['r2_energy']:.4f})   mean squared error {metrics['weight_mse']:.3g}",
-            f"constant {metrics['n_constant']} rows   non-finite {metrics['n_nonfinite']}   "
-            f"below quantisation {metrics['n_below_quantisation']}   "
-            f"buffers apart {metrics['n_buffer_rows']} rows",
-            f"{stored} for a trajectory of {original}",
-        ]
-        if values := metrics.get("refinement"):
-            what = {"energy": "R^2 by energy", "correlation": "R^2"}[self._config["objective"]]
-            gains = " ".join(f"{gain:+.4f}" for gain in np.diff(values)[:_GAINS_SHOWN])
-            more = " ..." if len(values) - 1 > _GAINS_SHOWN else ""
-            lines.insert(
-                -1,
-                f"references refined in {len(values) - 1} rounds, {what} {values[0]:.4f} -> {values[-1]:.4f} "
-                f"({gains}{more})",
-            )
-        if self._run and not self._run["stage_s"]:
-            lines.append("this fit was complete already: nothing was read")
-        elif self._run:
-            lines.append(
-                f"pass {self._run['stage_s']['pass']:.2f} s, {self._run['bytes_per_s'] / 1e9:.2f} GB/s, "
-                f"{self._run['implementation']} on {self._run['device']}"
-            )
-        if len(self.steps_) < 3:
-            lines.append("fewer than three snapshots: every |corr| is 1 or undefined and means nothing")
-        return "\n".join([*lines, self.quality().words] if quality else lines)
-
-    def _mode_line(self, m: int, metrics: dict[str, Any], n_rows: int) -> str:
-        low, _, median, _, high = metrics["mode_quantiles"][m]
-        size = metrics["mode_sizes"][m]
-        row = int(self.reference_rows_[m])
-        where = self.result.frame.map.locate(row) if row != NO_ROW else "no row"
-        share = f"{100 * size / n_rows:6.2f} %"
-        return f"{m:5d}  {size:10d}  {share}   {median:13.4f}  {low:.4f}-{high:.4f}   {where}"
+        words = in_words(self.result, self.metrics_)
+        return f"{words}\n{self.quality().words}" if quality else words
 
     def __repr__(self) -> str:
         rule = f"n_modes={self.n_modes}" if self.threshold is None else f"threshold={self.threshold}"
         return f"CMD({rule}, n_samples={self.n_samples}, {'fitted' if self._result else 'not fitted'})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: ``summary`` as a table, with the verdict where ``quality`` was asked before."""
+        if self._result is None:
+            return f"<pre>{escape(repr(self))}</pre>"
+        return in_html(self._result, self.metrics_, self._quality)
 
     # ---- loading ------------------------------------------------------------------------------------
 
@@ -479,16 +455,24 @@ class CMD:
         self._warn_of_gaps(select(self.result.frame.map, params), snapshot, buffers)
         return export
 
+    def references_at(self, step: int) -> F64:
+        """(M,) values of the references at one step, a fitted or a recorded one: those that rebuild it.
+
+        Raises StepNotFound for another. References that are no rows are worked out at a step that was not
+        fitted, refined ones from a whole snapshot.
+        """
+        return self._references_at(self._label(step))
+
     def _label(self, step: int) -> int:
         """A fitted step by its position from the end, or a fitted or recorded one by its label."""
         steps = self.steps_
         if -len(steps) <= step < 0:
             return int(steps[step])
-        if step in steps or (self._trajectory is not None and step in self._trajectory.recorded_steps):
+        if step in steps or (self.trajectory is not None and step in self.trajectory.recorded_steps):
             return step
         known, what = steps, "was not fitted, and the trajectory is out of reach"
-        if self._trajectory is not None:
-            known, what = self._trajectory.recorded_steps, "was not recorded"
+        if self.trajectory is not None:
+            known, what = self.trajectory.recorded_steps, "was not recorded"
         raise StepNotFound(
             what, file=self.result.path, step=step, hint=f"nearest: {nearest_steps(known, step)}"
         )
@@ -500,8 +484,8 @@ class CMD:
         rebuilt = _RebuiltRows(self.result, self._references_at(label))
         nearest = self._nearest_recorded(label)
         recorded: SnapshotReader | None = None
-        if buffers == "recorded" and self._trajectory is not None and nearest is not None:
-            recorded = self._trajectory.column(nearest)
+        if buffers == "recorded" and self.trajectory is not None and nearest is not None:
+            recorded = self.trajectory.column(nearest)
 
         def source_of(entry: TensorEntry) -> RowSource | None:
             return rebuilt if entry.kind == "parameter" or buffers == "rebuilt" else recorded
@@ -510,9 +494,9 @@ class CMD:
 
     def _nearest_recorded(self, label: int) -> int | None:
         """The step that recorded buffers come from; None when the trajectory is out of reach."""
-        if self._trajectory is None:
+        if self.trajectory is None:
             return None
-        every = self._trajectory.recorded_steps
+        every = self.trajectory.recorded_steps
         return int(every[np.argmin(np.abs(every - label))])
 
     def _references_at(self, label: int) -> F64:
@@ -520,10 +504,10 @@ class CMD:
         found = np.flatnonzero(self.steps_ == label)
         if len(found):
             return self.references_[:, found[0]].astype(np.float64)
-        assert self._trajectory is not None
+        assert self.trajectory is not None
         if "objective" in self._config:
-            return self._profiles_at(self._trajectory, label)
-        column = self._trajectory.column(label)
+            return self._profiles_at(self.trajectory, label)
+        column = self.trajectory.column(label)
         values = [column.read(row, row + 1)[0] for row in self.reference_rows_.tolist()]
         return np.array(values, dtype=np.float64)
 
@@ -564,8 +548,6 @@ def _warn(text: str) -> None:
     warnings.warn(text, CmdgpuWarning, stacklevel=4)
 
 
-_GAINS_SHOWN: Final = 5
-"""Rounds of refinement whose gain the summary tells."""
 _TILE_ROWS: Final = 1 << 16
 """Rebuilt at a time: float64 then stays in the cache."""
 

@@ -1,4 +1,4 @@
-"""NumPy's one-axis indexing as row numbers, without ever making an array as long as the axis."""
+"""NumPy's one-axis indexing as row numbers, without ever making an array as long as the axis; thinning."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def positions(index: Index, size: int) -> tuple[I64, bool]:
     if len(found) and (int(found.min()) < 0 or int(found.max()) >= size):
         raise UsageError(f"a position lies outside of {size}", hint=f"have: 0 to {size - 1}")
     return found, single
+
+
+def evenly(n: int, most: int) -> I64:
+    """At most so many positions below n, evenly spread, the first and the last among them."""
+    if n <= most:
+        return np.arange(n, dtype=np.int64)
+    return np.round(np.linspace(0, n - 1, most)).astype(np.int64)

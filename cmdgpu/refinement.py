@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from cmdgpu import ops
-from cmdgpu.errors import MemoryLimitError
 from cmdgpu.memory import show_bytes
 from cmdgpu.notation import CONSTANT, F32, F64, I16, I64
 from cmdgpu.profiles import Objective, explained, first_components
@@ -109,27 +108,20 @@ def plan_round(traj: Trajectory, n_modes: int, memory_limit: int) -> Plan:
     kept = square * (n_modes + 4 * threads)  # four of an eigenproblem
     cpu = torch.device("cpu")
     kernel = ops.workspace_bytes(traj.dtype, n_snapshots, n_modes, cpu, threads) + 18 * frame.rows
-    try:
-        return plan_pass(
-            n_units=frame.n_units,
-            rows=frame.rows,
-            n_snapshots=n_snapshots,
-            itemsize=fmt.storage(traj.dtype).numpy.itemsize,
-            fits=0,
-            lanes=1,
-            lane_bytes=threads * (piece + AHEAD * product) + ordered + kernel
-            + traj.source.fill_bytes(n_snapshots),
-            fixed_bytes=kept,
-            limit_bytes=memory_limit,
-        )  # fmt: skip
-    except MemoryLimitError as error:
-        refused = MemoryLimitError(
-            error.message,
-            hint=f"{error.hint}, or refine fewer modes: their {n_modes} Gram matrices take "
-            f"{show_bytes(square * n_modes)}",
-        )
-        refused.needed_bytes = error.needed_bytes
-        raise refused from error
+    working = threads * (piece + AHEAD * product) + ordered + kernel
+    grams = show_bytes(square * n_modes)
+    return plan_pass(
+        n_units=frame.n_units,
+        rows=frame.rows,
+        n_snapshots=n_snapshots,
+        itemsize=fmt.storage(traj.dtype).numpy.itemsize,
+        fits=0,
+        lanes=1,
+        lane_bytes=working + traj.source.fill_bytes(n_snapshots),
+        fixed_bytes=kept,
+        limit_bytes=memory_limit,
+        otherwise=f", or refine fewer modes: their {n_modes} Gram matrices take {grams}",
+    )
 
 
 class _ModeSums:

@@ -209,21 +209,20 @@ def draw_sample(parameter_map: ParameterMap, n_samples: int, sampling: str, seed
     return Sample(live.rows(drawn), words, from_candidates)
 
 
-def reading_bytes(rows: I64, view: StoreView, n_snapshots: int) -> int:
-    """What is read of a store for rows outside its sketch: each chunk with one of them, at every snapshot."""
-    return len(np.unique(rows // view.rows)) * n_snapshots * view.rows * view.storage.numpy.itemsize
+def reading(rows: I64, view: StoreView, n_snapshots: int) -> tuple[int, int]:
+    """Chunks of a store that are read for rows outside its sketch, and their bytes: each chunk with one of
+    these rows in it, at every snapshot.
+    """
+    n_chunks = len(np.unique(rows // view.rows)) * n_snapshots
+    return n_chunks, n_chunks * view.rows * view.storage.numpy.itemsize
 
 
 def announcement(sample: Sample, view: StoreView, n_snapshots: int) -> str | None:
-    """What reading the sample costs where the sketch does not hold it, in words; None where that is little.
-
-    Every chunk with a sampled row in it is read whole, at every one of the snapshots.
-    """
+    """What reading a sample costs where the sketch does not hold it, in words; None where it is little."""
     k, sketch = len(sample.rows), view.sketch_rows
     if sketch is not None and bool(np.isin(sample.rows, sketch).all()):
         return None
-    n_bytes = reading_bytes(sample.rows, view, n_snapshots)
-    n_chunks = n_bytes // (view.rows * view.storage.numpy.itemsize)
+    n_chunks, n_bytes = reading(sample.rows, view, n_snapshots)
     if n_bytes < _WORTH_A_WORD:
         return None
     if sketch is None:

@@ -185,6 +185,7 @@ def test_without_the_trajectory_buffers_are_left_out_with_a_warning(folder: Path
     else:
         flip_bit(run / "zarr.json", 1000)
     cmd = CMD.load(folder / "all.cmd.zarr")
+    assert cmd.trajectory is None
     with pytest.warns(CmdgpuWarning, match="out of reach: 3 buffers are left out"):
         state = cmd.state_dict(40)
     check_same_bits(state, rebuilt_by_hand(cmd, cmd.references_[:, 3]))
@@ -577,6 +578,14 @@ def test_before_a_fit_there_is_nothing_to_ask() -> None:
         with pytest.raises(UsageError, match="this CMD is not fitted; call fit"):
             ask()
     assert repr(cmd) == "CMD(n_modes=10, n_samples=1000, not fitted)"
+    assert cmd.trajectory is None
+
+
+def test_the_trajectory_of_a_fit_is_what_was_given_and_is_found_again(base: Path) -> None:
+    given = recorded(base).sel(stride=2)
+    assert CMD(2).fit(given).trajectory is given
+    found = CMD.load(base / "late.cmd.zarr").trajectory
+    assert found is not None and found.steps.tolist() == list(STEPS[2:])
 
 
 # ---- what it takes ------------------------------------------------------------------------------------

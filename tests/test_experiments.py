@@ -1,4 +1,4 @@
-"""The experiments run tiny, on images made here: killed runs go on with the same bits, tables are filled."""
+"""The experiments run tiny, on images made here: runs go on, tables are filled."""
 
 # torch leaves the types of many methods open.
 # pyright: reportUnknownMemberType=false
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmdgpu import Recorder, Trajectory
+from cmdgpu import Trajectory
 from cmdgpu.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,35 +143,6 @@ def test_a_gradient_is_that_of_the_whole_batch() -> None:
         torch.testing.assert_close(parameter.detach(), old - 0.1 * gradient, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["simple_net", "resnet"])
-def test_a_run_that_was_killed_goes_on_with_the_same_bits(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = ("--seeds", "3", "--width", "2", "--images", "100", "--epochs", "3", "--only", "train")
-    run(name, tmp_path / "whole", *train)
-
-    record = Recorder.record
-
-    def killed(self: Recorder, model: torch.nn.Module, step: int, **scalars: Any) -> bool:
-        if step == 2:
-            raise KeyboardInterrupt
-        return record(self, model, step, **scalars)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "record", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(name, tmp_path / "killed", *train)
-    torch.rand(7)  # whatever the process did meanwhile
-    run(name, tmp_path / "killed", *train)
-    whole, went_on = (Trajectory.open(tmp_path / w / f"{name}-3.zarr") for w in ("whole", "killed"))
-    assert went_on.steps.tolist() == [0, 1, 2, 3]
-    np.testing.assert_array_equal(whole[:, :], went_on[:, :])
-    for key, values in whole.scalars.items():
-        np.testing.assert_array_equal(values, went_on.scalars[key])
-    left = sorted(file.name for file in (tmp_path / "killed").glob("*.pt"))
-    assert left == [f"{name}-3.zarr.epoch-3.pt"]
-
-
 def test_a_longer_run_continues_and_other_settings_are_refused(tmp_path: Path) -> None:
     train = ("--seeds", "0", "--width", "2", "--images", "100", "--only", "train")
     run("simple_net", tmp_path, *train, "--epochs", "1")
@@ -256,6 +227,33 @@ def test_an_analysis_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch
         assert run("simple_net", tmp_path, *TINY, "--seeds", "0", "--epochs", "2") == first
         with pytest.raises(AssertionError, match="compared again"):
             run("simple_net", tmp_path, *TINY, "--seeds", "0", "--epochs", "3")
+
+
+def test_a_file_has_a_line_for_every_value_and_record_and_none_for_a_number(tmp_path: Path) -> None:
+    from benchmarks.experiments.report import write
+
+    records: list[Any] = [{"a": "[x  {y", "b": [1, [2.5, None]]}, {"a": "", "b": []}]
+    written = write(tmp_path / "new", "name", "command", {"records": records, "none": {}, "pair": (1, 2)})
+    text = written.read_text()
+    head = {"experiment": "name", "command": "command"}
+    assert {**head, "records": records, "none": {}, "pair": [1, 2]}.items() <= json.loads(text).items()
+    assert text[text.index(' "records"') :].splitlines() == [
+        ' "records": [',
+        "  {",
+        '   "a": "[x  {y",',
+        '   "b": [1, [2.5, null]]',
+        "  },",
+        "  {",
+        '   "a": "",',
+        '   "b": []',
+        "  }",
+        " ],",
+        ' "none": {},',
+        ' "pair": [1, 2]',
+        "}",
+    ]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write(tmp_path, "name", "command", {"nan": [float("nan")]})
 
 
 def test_seeds_are_lists_and_what_one_lacks_is_none() -> None:

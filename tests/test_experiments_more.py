@@ -1,4 +1,7 @@
-"""The Vision Transformer, the GPT, the segmentation and the GAN run tiny, on images and a text made here."""
+"""The Vision Transformer, the GPT, the segmentation and the GAN run tiny, on images and a text made here.
+
+What is true of every network, those of ``test_experiments`` among them, is here too.
+"""
 
 # torch and scipy leave the types of many functions open.
 # pyright: reportUnknownMemberType=false
@@ -68,6 +71,8 @@ def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TINY = {
+    "simple_net": ("--images", "100", "--width", "2"),
+    "resnet": ("--images", "100", "--width", "2"),
     "vit": ("--images", "40", "--width", "8", "--depth", "1", "--heads", "2", "--patch", "8"),
     "gpt": ("--steps", "2", "--batch", "4", "--context", "8", "--width", "8", "--depth", "1", "--heads", "2"),
     "segmentation": ("--images", "40", "--width", "3", "--judged", "10"),
@@ -419,11 +424,16 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(
         patch.setattr(Recorder, "record", killed)
         with pytest.raises(KeyboardInterrupt):
             run(name, tmp_path / "killed", *train)
+    torch.rand(7)  # whatever the process did meanwhile
     run(name, tmp_path / "killed", *train)
     whole, went_on = (Trajectory.open(tmp_path / w / f"{name}-3.zarr") for w in ("whole", "killed"))
     assert went_on.steps.tolist() == [0, 1, 2, 3]
     np.testing.assert_array_equal(whole[:, :], went_on[:, :])
     assert not np.array_equal(whole[:, 0], whole[:, 3])
+    for key, values in whole.scalars.items():
+        np.testing.assert_array_equal(values, went_on.scalars[key])
+    left = [file.name for file in (tmp_path / "killed").glob("*.pt")]
+    assert left == [f"{name}-3.zarr.epoch-3.pt"]
 
 
 @pytest.mark.usefixtures("no_verdicts")

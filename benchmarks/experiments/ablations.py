@@ -10,7 +10,6 @@ against the null models through the linkage and the kind of reference nearest to
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ import scipy.cluster.vq  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.experiments.report import write
+from benchmarks.machine import RESULTS
 from cmdgpu import CMD, Trajectory, ops
 from cmdgpu.clustering import Clustering, absolute_correlation, cluster_sample, moving_rows
 from cmdgpu.errors import CmdgpuWarning
@@ -177,16 +177,12 @@ def main() -> None:
             runs.append(ablate(Trajectory.open(store), asked.modes, asked.samples, seed))
     names = " ".join(Path(store).name for store in asked.stores)
     found = {
-        "kind": NAME,
-        "machine": machine(),
-        "command": f"python -m benchmarks.experiments.{NAME} --in {names}",
         "config": {"n_modes": asked.modes, "n_samples": asked.samples},
         "variants": {
             name: {key: [run[name][key] for run in runs] for key in runs[0][name]} for name in VARIANTS
         },
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"{NAME}.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write(asked.out, NAME, f"python -m benchmarks.experiments.{NAME} --in {names}", found)
     for row in rows(found):
         print("  ".join(row))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.experiments.report import write
+from benchmarks.machine import RESULTS
 from benchmarks.planted import planted_rows
 from cmdgpu import CMD
 from cmdgpu.notation import F64
@@ -153,15 +153,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "experiments")
     asked = parser.parse_args()
     config = Config(seeds=asked.seeds)
-    found = {
-        "kind": NAME,
-        "command": f"python -m benchmarks.experiments.{NAME} --seeds {asked.seeds}",
-        "machine": machine(),
-        "config": asdict(config),
-        "trials": list(trials(config)),
-    }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"{NAME}.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    found = {"config": asdict(config), "trials": list(trials(config))}
+    write(asked.out, NAME, f"python -m benchmarks.experiments.{NAME} --seeds {asked.seeds}", found)
     for row in rows(found):
         print("  ".join(row))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ matplotlib.use("Agg")  # a server has no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.experiments.report import write
+from benchmarks.machine import RESULTS
 from benchmarks.planted import planted_rows
 from cmdgpu import CMD
 from cmdgpu.notation import F64
@@ -148,15 +148,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "experiments")
     asked = parser.parse_args()
     config = Config(seeds=asked.seeds, rows=asked.rows)
-    found = {
-        "kind": NAME,
-        "command": f"python -m benchmarks.experiments.{NAME} --seeds {asked.seeds} --rows {asked.rows}",
-        "machine": machine(),
-        "config": asdict(config),
-        "curves": list(curves(config)),
-    }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"{NAME}.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    found = {"config": asdict(config), "curves": list(curves(config))}
+    flags = f"--seeds {asked.seeds} --rows {asked.rows}"
+    write(asked.out, NAME, f"python -m benchmarks.experiments.{NAME} {flags}", found)
     draw(found, asked.out / f"{NAME}.png")
     for row in rows(found):
         print("  ".join(row[:4]))

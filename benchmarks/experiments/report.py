@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib import style
@@ -35,22 +35,24 @@ def write(folder: Path, name: str, command: str, results: Mapping[str, Any]) -> 
     """``name.json``: what ran, where and how, and the results; lists are over the seeds."""
     content = {"experiment": name, "command": command, "machine": machine(), **results}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, allow_nan=False)
-    durable.write_file(folder, f"{name}.json", [_lists_in_a_line(text).encode(), b"\n"])
+    durable.write_file(folder, f"{name}.json", [_text(content).encode(), b"\n"])
     return folder / f"{name}.json"
 
 
-def _lists_in_a_line(text: str) -> str:
-    """Lists of numbers take a line, not a line for every number."""
-    lines: list[str] = []
-    inside = 0
-    for line in text.splitlines():
-        if inside:
-            lines[-1] += f"{' ' if lines[-1].endswith(',') else ''}{line.strip()}"
-        else:
-            lines.append(line)
-        inside += line.count("[") - line.count("]")
-    return "\n".join(lines)
+def _text(value: Any, indent: str = "\n") -> str:
+    """JSON, a line for every value of an object and for every record; other lists take one together."""
+    items: list[str] = []
+    ends, deeper = "{}", f"{indent} "
+    if isinstance(value, Mapping):
+        named = cast(Mapping[str, Any], value)
+        items = [f"{json.dumps(key)}: {_text(each, deeper)}" for key, each in named.items()]
+    elif isinstance(value, list | tuple):
+        listed = cast(Sequence[Any], value)
+        if any(isinstance(each, Mapping) for each in listed):
+            ends, items = "[]", [_text(each, deeper) for each in listed]
+    if not items:
+        return json.dumps(value, allow_nan=False)
+    return f"{ends[0]}{deeper}{f',{deeper}'.join(items)}{indent}{ends[1]}"
 
 
 def numbers(leaf: Sequence[Any]) -> F64:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from cmdgpu.baselines.found import Found
 from cmdgpu.baselines.groups import Grouping, Run
-from cmdgpu.errors import MemoryLimitError
 from cmdgpu.memory import default_limit
 from cmdgpu.notation import F64, I64
 from cmdgpu.progress import Progress
@@ -137,26 +136,19 @@ def _plan(
     kept = sum(_KEPT * square * grouping.n_groups + grouping.n_bytes for grouping in groupings)
     of_a_task = square * products_of_a_task(n_snapshots)
     working = threads * (2 * 8 * n_snapshots * GRANULE + AHEAD * of_a_task) + 8 * square
-    try:
-        return plan_pass(
-            n_units=frame.n_units,
-            rows=frame.rows,
-            n_snapshots=n_snapshots,
-            itemsize=fmt.storage(traj.dtype).numpy.itemsize,
-            fits=0,
-            lanes=1,
-            lane_bytes=working + traj.source.fill_bytes(n_snapshots),
-            fixed_bytes=kept,
-            limit_bytes=limit_bytes,
-        )
-    except MemoryLimitError as error:
-        most = max(groupings, key=lambda grouping: grouping.n_groups)
-        if most.n_groups == 1:
-            raise
-        hint = f"{error.hint}, or larger groups than the {most.n_groups} by {most.by}"
-        refused = MemoryLimitError(error.message, hint=hint)
-        refused.needed_bytes = error.needed_bytes
-        raise refused from error
+    most = max(groupings, key=lambda grouping: grouping.n_groups)
+    return plan_pass(
+        n_units=frame.n_units,
+        rows=frame.rows,
+        n_snapshots=n_snapshots,
+        itemsize=fmt.storage(traj.dtype).numpy.itemsize,
+        fits=0,
+        lanes=1,
+        lane_bytes=working + traj.source.fill_bytes(n_snapshots),
+        fixed_bytes=kept,
+        limit_bytes=limit_bytes,
+        otherwise=f", or larger groups than the {most.n_groups} by {most.by}" if most.n_groups > 1 else "",
+    )
 
 
 class _Sums:

@@ -178,7 +178,7 @@ class _Forecast(CMD):
             cmd.random_state,
             cmd.device,
         )
-        self._result, self._trajectory = cmd.result, cmd._trajectory
+        self._result, self._trajectory = cmd.result, cmd.trajectory
         R_mt = cmd.references_.astype(np.float64)
         self._delays = delays
         self._n_stacked = R_mt.shape[1] - delays + 1

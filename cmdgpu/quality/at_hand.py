@@ -9,9 +9,10 @@ from typing import Final
 import numpy as np
 
 from cmdgpu.errors import CmdgpuError
+from cmdgpu.indexing import evenly
 from cmdgpu.memory import show_bytes
 from cmdgpu.notation import F32, F64, I64
-from cmdgpu.sampling import candidate_rows, draw_sample, reading_bytes, uniform_candidates
+from cmdgpu.sampling import candidate_rows, draw_sample, reading, uniform_candidates
 from cmdgpu.sources import ArraySource, StoreSource
 from cmdgpu.trajectory import Trajectory
 
@@ -60,8 +61,8 @@ def rows_at_hand(sampled: Sampled, traj: Trajectory | None) -> AtHand:
     read if that is little, otherwise rows of the sketch that are selected serve; where the trajectory is out
     of reach, or cannot be read, the clustered rows alone are left, and the note says why.
     """
-    columns = _evenly(sampled.values.shape[1], MOST_SNAPSHOTS)
-    kept = _evenly(len(sampled.rows), MOST_SAMPLED)
+    columns = evenly(sampled.values.shape[1], MOST_SNAPSHOTS)
+    kept = evenly(len(sampled.rows), MOST_SAMPLED)
     sample_kt = sampled.values[np.ix_(kept, columns)].astype(np.float64)
     if traj is None:
         return AtHand(columns, sample_kt, None, (), "the trajectory is out of reach")
@@ -70,7 +71,7 @@ def rows_at_hand(sampled: Sampled, traj: Trajectory | None) -> AtHand:
         values_nt = traj.read_rows(rows, columns).astype(np.float64)
     except CmdgpuError as error:
         return AtHand(columns, sample_kt, None, (), f"the trajectory cannot be read ({error})")
-    others = others[_evenly(len(others), MOST_ROWS)]
+    others = others[evenly(len(others), MOST_ROWS)]
     drawn = [] if note else _resampled(sampled, traj)
     return AtHand(
         columns,
@@ -87,7 +88,7 @@ def _choose(sampled: Sampled, traj: Trajectory) -> tuple[I64, I64, str]:
     candidates, uniform = candidate_rows(mapped), uniform_candidates(mapped)
     n_bytes = 0
     if isinstance(source, StoreSource) and not source.in_sketch(candidates):
-        n_bytes = reading_bytes(candidates, source.view, len(traj.columns))
+        _, n_bytes = reading(candidates, source.view, len(traj.columns))
     elif isinstance(source, ArraySource) and not source.is_in_memory:
         n_bytes = traj.stored_bytes
     if n_bytes <= MOST_READ_BYTES:
@@ -110,11 +111,4 @@ def _resampled(sampled: Sampled, traj: Trajectory) -> list[I64]:
         "parameter"
     ):
         return []
-    return [draw.rows[_evenly(len(draw.rows), MOST_SAMPLED)] for draw in draws]
-
-
-def _evenly(n: int, most: int) -> I64:
-    """At most so many positions below n, the first and the last among them."""
-    if n <= most:
-        return np.arange(n, dtype=np.int64)
-    return np.round(np.linspace(0, n - 1, most)).astype(np.int64)
+    return [draw.rows[evenly(len(draw.rows), MOST_SAMPLED)] for draw in draws]

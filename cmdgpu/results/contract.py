@@ -179,6 +179,12 @@ class Result:
     """The objective before and after every round; of references that were not refined nothing."""
 
     @property
+    def fingerprint(self) -> str:
+        """Of everything the numbers depend on: two fits of one fingerprint have the same bytes."""
+        found = self.provenance
+        return Provenance(found["source"], found["config"], found["code"]).fingerprint
+
+    @property
     def metrics(self) -> dict[str, Any]:
         return summarise(self.totals, self.frame.map, len(self.frame.steps))
 

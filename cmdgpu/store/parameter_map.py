@@ -231,6 +231,11 @@ class ParameterMap:
 
     def locate(self, row: int) -> str:
         """``layer1.weight[3, 0, 1]``: the scalar parameter behind a row."""
+        tensor, index = self.place_of(row)
+        return f"{printable(tensor.name)}{list(index) if index else ''}"
+
+    def place_of(self, row: int) -> tuple[TensorEntry, tuple[int, ...]]:
+        """The tensor that a row belongs to, and the index of its element. Raises CmdgpuError for a hole."""
         for start, _, i in self._spans_in(row, row + 1):
             tensor = self.tensors[i]
             piece = next(p for p in tensor.pieces if p.row == start and p.n_rows)
@@ -239,8 +244,7 @@ class ParameterMap:
             for size in reversed(piece.size):
                 rest, at = divmod(rest, size)
                 index.append(at)
-            place = [at + offset for at, offset in zip(reversed(index), piece.offset, strict=True)]
-            return f"{printable(tensor.name)}{place if place else ''}"
+            return tensor, tuple(at + off for at, off in zip(reversed(index), piece.offset, strict=True))
         raise CmdgpuError(f"row {row} belongs to no tensor")
 
     # ---- as JSON ------------------------------------------------------------------------------------

@@ -36,11 +36,10 @@ _WAITING: Final = 2
 
 @dataclass(frozen=True)
 class Way:
-    """How files are read, and how many units at a time: ``threads`` of them, and not fewer than ``least``."""
+    """How files are read, and how many units at a time; past the cache so many, or it is not done."""
 
     past_cache: bool
     threads: int
-    least: int
 
 
 def threads_for(source: Source, n_snapshots: int, n_modes: int, device: torch.device) -> int:
@@ -64,12 +63,11 @@ def ways(source: Source, n_snapshots: int, threads: int) -> list[Way]:
     all that work, most of what the system does in a cold pass, would be for nothing. Nobody reads ahead
     then, so it wants more units at a time, or is not done.
     """
-    cached = Way(past_cache=False, threads=threads, least=1)
+    cached, waiting = Way(past_cache=False, threads=threads), _WAITING * threads
     read = source.map.n_rows * n_snapshots * fmt.storage(source.dtype).numpy.itemsize
-    waiting = min(_WAITING * threads, _most_units(n_snapshots))
-    if read <= _free_bytes() // 2 or waiting < 2 * threads:
+    if read <= _free_bytes() // 2 or waiting > _most_units(n_snapshots):
         return [cached]
-    return [Way(past_cache=True, threads=waiting, least=2 * threads), cached]
+    return [Way(past_cache=True, threads=waiting), cached]
 
 
 def _free_bytes() -> int:

@@ -92,7 +92,6 @@ def plan_for(
                 rows=frame.rows,
                 itemsize=itemsize,
                 threads=way.threads,
-                least=way.least,
                 past_cache=way.past_cache,
                 fits=fits,
                 fixed_bytes=written + kept,

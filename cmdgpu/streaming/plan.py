@@ -54,31 +54,31 @@ def plan_direct(
     rows: int,
     itemsize: int,
     threads: int,
-    least: int,
     past_cache: bool,
     fits: int,
     fixed_bytes: int,
     thread_bytes: int,
     limit_bytes: int,
 ) -> Plan:
-    """As many threads as fit the limit, up to ``threads`` and not fewer than ``least``.
+    """As many threads as fit the limit, up to ``threads``; past the cache all of them.
 
     needed = reserved + writers' + fixed + threads * (kernel's + rows * itemsize)
              + ((2 * threads + 2) * fits + writes) * rows * outputs
 
     A chunk for each thread, should a file be wrong; outputs of every fit under way, finished, taken, and as
-    they are written. Raises MemoryLimitError with both numbers when the least do not fit.
+    they are written. Raises MemoryLimitError with both numbers when the fewest do not fit.
     """
 
     def needed(threads: int) -> int:
         outputs = ((2 * threads + 2) * fits + WRITES_IN_FLIGHT) * rows * _OUTPUT_ROW_BYTES
         return _RESERVED + _WRITERS + fixed_bytes + threads * (thread_bytes + rows * itemsize) + outputs
 
-    for some in range(threads, least - 1, -1):
+    fewest = threads if past_cache else 1
+    for some in range(threads, fewest - 1, -1):
         if needed(some) <= limit_bytes:
             return Plan(1, 0, needed(some), limit_bytes, n_units, rows, threads=some, past_cache=past_cache)
-    what = "one unit" if least == 1 else f"{least} units"
-    raise _refusal(f"{what} ({rows} rows, straight from its files)", needed(least), limit_bytes, "")
+    what = "one unit" if fewest == 1 else f"{fewest} units"
+    raise _refusal(f"{what} ({rows} rows, straight from its files)", needed(fewest), limit_bytes, "")
 
 
 def plan_pass(
@@ -92,6 +92,7 @@ def plan_pass(
     lane_bytes: int,
     fixed_bytes: int,
     limit_bytes: int,
+    otherwise: str = "",
 ) -> Plan:
     """The largest sensible blocks within the limit.
 
@@ -101,7 +102,7 @@ def plan_pass(
 
     ``lane_bytes`` and ``fixed_bytes`` are what does not grow with the block: the kernel's workspace and a
     reader's own buffers, for every device; results kept in memory. Raises MemoryLimitError with both numbers
-    when one unit in two slots does not fit.
+    when one unit in two slots does not fit; ``otherwise`` ends its hint: what else would work.
     """
 
     def needed(units: int, slots: int) -> int:
@@ -118,7 +119,7 @@ def plan_pass(
                 return Plan(units, slots, needed(units, slots), limit_bytes, n_units, rows, lanes)
     what = f"the smallest block ({rows} rows x {n_snapshots} snapshots, {_SLOTS[-1]} slots)"
     fewer = ", or select fewer snapshots (--stride 2)"
-    raise _refusal(what, needed(1, _SLOTS[-1]), limit_bytes, fewer)
+    raise _refusal(what, needed(1, _SLOTS[-1]), limit_bytes, fewer + otherwise)
 
 
 def _refusal(what: str, needed: int, limit: int, otherwise: str) -> MemoryLimitError:

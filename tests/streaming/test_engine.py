@@ -328,10 +328,10 @@ def test_the_page_cache_is_left_alone_by_what_it_could_not_keep(
     source = Trajectory.open(stores[16384]).source
     read = source.map.n_rows * T * 4
     monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 2 * read)
-    cached = Way(past_cache=False, threads=2, least=1)
+    cached = Way(past_cache=False, threads=2)
     assert ways(source, T, 2) == [cached]
     monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 2 * read - 2)
-    assert ways(source, T, 2) == [Way(past_cache=True, threads=4, least=4), cached]
+    assert ways(source, T, 2) == [Way(past_cache=True, threads=4), cached]
 
 
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:

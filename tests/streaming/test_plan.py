@@ -106,16 +106,16 @@ def test_blocks_stop_growing_where_it_stops_paying(problem: dict[str, Any]) -> N
 @given(
     rows=st.sampled_from([256, 16384, 1 << 18, 1 << 20]),
     threads=st.integers(1, 64),
-    share=st.integers(1, 8),
+    past_cache=st.booleans(),
     fixed=st.integers(0, 1 << 30),
     own=st.integers(0, 1 << 26),
     fits=st.integers(1, 20),
     limit=LIMITS,
 )
-def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_the_least_need(
-    rows: int, threads: int, share: int, fixed: int, own: int, fits: int, limit: int
+def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_the_fewest_need(
+    rows: int, threads: int, past_cache: bool, fixed: int, own: int, fits: int, limit: int
 ) -> None:
-    least = max(threads // share, 1)
+    fewest = threads if past_cache else 1
 
     def plan(threads: int, limit: int) -> Plan:
         return plan_direct(
@@ -123,8 +123,7 @@ def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_t
             rows=rows,
             itemsize=4,
             threads=threads,
-            least=least,
-            past_cache=share > 1,
+            past_cache=past_cache,
             fits=fits,
             fixed_bytes=fixed,
             thread_bytes=own,
@@ -134,10 +133,10 @@ def test_a_pass_straight_from_files_takes_as_many_threads_as_fit_or_names_what_t
     try:
         found = plan(threads, limit)
     except MemoryLimitError as error:
-        assert plan(threads, error.needed_bytes).threads == least and error.needed_bytes > limit
+        assert plan(threads, error.needed_bytes).threads == fewest and error.needed_bytes > limit
         return
-    assert found.past_cache == (share > 1)
-    assert least <= found.threads <= threads and found.slots == 0
+    assert found.past_cache == past_cache
+    assert fewest <= found.threads <= threads and found.slots == 0
     assert fixed + found.threads * (own + rows * (4 + fits * 18)) < found.needed_bytes <= limit
     if found.threads < threads:
         assert plan(found.threads + 1, 1 << 60).needed_bytes > limit
