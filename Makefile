@@ -3,11 +3,12 @@
 # make check  lint, format, types and import contracts
 # make faults the long sweeps: every system call killed, power cuts, full disks, flipped bits
 # make bench  the CPU benchmark, written to benchmarks/results/
+# make figures the pictures of the README, from a run of the demo
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check faults bench clean
+.PHONY: demo test check faults bench figures clean
 
 .venv/.base: pyproject.toml constraints.txt hatch_build.py kernels/cmdgpu_kernels/native/native.cpp
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +44,9 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/render.py
+
+figures: .venv/.dev
+	$(BIN)/python benchmarks/figures.py
 
 clean:
 	rm -rf .venv build dist cmdgpu-demo

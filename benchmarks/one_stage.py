@@ -1,4 +1,4 @@
-"""One stage of ``scale.py`` in a process of its own: ``one_stage.py STAGE FOLDER ROWS SNAPSHOTS MODES``.
+"""One stage of ``scale.py`` or ``page.py`` in a process: ``one_stage.py STAGE FOLDER ROWS SNAPSHOTS MODES``.
 
 Answers with figures as JSON. The peak is anonymous and shared memory above what was held after the imports
 and the same stage of a tiny store; ``read_bytes`` is what the kernel fetched from the device meanwhile.
@@ -7,6 +7,7 @@ and the same stage of a tiny store; ``read_bytes`` is what the kernel fetched fr
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from cmdgpu.store.journal import Journal  # noqa: E402
 
 N_SAMPLES = 1000
 LIMIT = "2GiB"
-STORE, RESULT, FILE = "run.zarr", "run.cmd.zarr", "step.safetensors"
+STORE, RESULT, FILE, PAGE = "run.zarr", "run.cmd.zarr", "step.safetensors", "report.html"
 TINY = (3000, 6, 2)
 
 
@@ -66,6 +67,13 @@ def fit(folder: Path, rows: int, snapshots: int, modes: int) -> dict[str, Any]:
     return {key: said[key] for key in ("planned_bytes", "stage_s", "implementation", "r2")}
 
 
+def report(folder: Path, rows: int, snapshots: int, modes: int) -> dict[str, Any]:
+    del rows, snapshots, modes
+    made = cg.report(folder / RESULT, folder / PAGE)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return {"page_bytes": made.n_bytes, "resident_bytes": held, "figures": list(made.figures)}
+
+
 def export(folder: Path, rows: int, snapshots: int, modes: int) -> dict[str, Any]:
     del rows, modes
     written = cg.CMD.load(folder / RESULT).export(folder / FILE, step=10 * (snapshots // 2))
@@ -86,6 +94,7 @@ STAGES: dict[str, Callable[[Path, int, int, int], dict[str, Any]]] = {
     "synthesise": synthesise,
     "sample": sample,
     "fit": fit,
+    "report": report,
     "export": export,
     "verify": verify,
     "verify-fit": verify_fit,

@@ -205,6 +205,22 @@ def grid(results: Results) -> list[str]:
     return table(["case", "what", "wall", "of one fit", "store", "read from the device", "results"], rows)
 
 
+def page(results: Results) -> list[str]:
+    """A row per size of the model."""
+    rows = [
+        [
+            r["case"],
+            str(r["tensors"]),
+            f"{r['seconds']:.1f} s",
+            show_bytes(r["resident_bytes"]),
+            show_bytes(r["page_bytes"]),
+            str(len(r["figures"])),
+        ]
+        for r in results["records"]
+    ]
+    return table(["fit", "tensors", "wall", "resident memory", "page", "figures"], rows)
+
+
 def scale(results: Results) -> list[str]:
     rows: list[list[str]] = []
     for r in results["records"]:
@@ -357,6 +373,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "importing": importing,
     "scale": scale,
     "grid": grid,
+    "page": page,
     "gpu": gpu,
     "tune": tune,
 }

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from cmdgpu.decomposition import CMD as CMD
     from cmdgpu.errors import CmdgpuError as CmdgpuError
     from cmdgpu.errors import CmdgpuWarning as CmdgpuWarning
+    from cmdgpu.mode_space import Landscape as Landscape
+    from cmdgpu.mode_space import landscape as landscape
     from cmdgpu.recording import Recorder as Recorder
+    from cmdgpu.reporting import Report as Report
+    from cmdgpu.reporting import report as report
     from cmdgpu.trajectory import Trajectory as Trajectory
 
 _HOMES: Final = {
@@ -29,6 +33,10 @@ _HOMES: Final = {
     "CMD": "cmdgpu.decomposition",
     "Comparison": "cmdgpu.comparison",
     "compare": "cmdgpu.comparison",
+    "Landscape": "cmdgpu.mode_space",
+    "landscape": "cmdgpu.mode_space",
+    "Report": "cmdgpu.reporting",
+    "report": "cmdgpu.reporting",
     "CmdgpuError": "cmdgpu.errors",
     "CmdgpuWarning": "cmdgpu.errors",
 }
@@ -41,12 +49,16 @@ __all__ = [
     "CmdgpuError",
     "CmdgpuWarning",
     "Comparison",
+    "Landscape",
     "Recorder",
+    "Report",
     "Trajectory",
     "__version__",
     "baselines",
     "compare",
+    "landscape",
     "plot",
+    "report",
 ]
 
 

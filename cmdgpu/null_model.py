@@ -24,6 +24,10 @@ BLOCK_BYTES: Final = 1 << 26
 """Walks are drawn and assigned in blocks of about this size, so that a long T needs no long memory."""
 
 
+SHARE_EDGES: Final[F64] = np.linspace(0.0, 1.0, 51)
+"""Between which |corr| and corr^2 of unrelated rows are counted."""
+
+
 @dataclass(frozen=True)
 class NullCorrelation:
     """A mean correlation of unrelated rows, over repeats of the whole pipeline."""
@@ -136,6 +140,10 @@ class Views:
     increment_correlation: float
     """Mean correlation of the steps of a row with those of the reference that its level follows, times the
     sign of the level's: the measure least inflated by a drift."""
+    abs_correlation: tuple[float, ...]
+    """Shares of the rows by the |corr| of their levels, between SHARE_EDGES."""
+    r2: tuple[float, ...]
+    """The same by its square."""
 
 
 def look(sample_kt: F64, W_nt: F64, rule: Rule, R_mt: F64 | None = None) -> Views:
@@ -148,16 +156,23 @@ def look(sample_kt: F64, W_nt: F64, rule: Rule, R_mt: F64 | None = None) -> View
     levels = follow(W_nt, R_mt)
     steps_kt, steps_nt = np.diff(sample_kt, axis=1), np.diff(W_nt, axis=1)
     increments = follow(steps_nt, references_of(steps_kt, rule, steps_nt))
-    if not len(R_mt):
-        return Views(0.0, float(np.mean(np.abs(increments.correlation))), 0.0)
-    row_nt, _ = moving_rows(steps_nt)
-    reference_mt, _ = moving_rows(np.diff(R_mt, axis=1))
-    shared_n: F64 = np.einsum("nt,nt->n", row_nt, reference_mt[levels.mode]) * np.sign(levels.correlation)
+    correlation_n = np.abs(levels.correlation)
+    shared_n: F64 = np.zeros(len(W_nt))
+    if len(R_mt):
+        row_nt, _ = moving_rows(steps_nt)
+        reference_mt, _ = moving_rows(np.diff(R_mt, axis=1))
+        shared_n = np.einsum("nt,nt->n", row_nt, reference_mt[levels.mode]) * np.sign(levels.correlation)
     return Views(
-        levels=float(np.mean(np.abs(levels.correlation))),
+        levels=float(np.mean(correlation_n)),
         increments=float(np.mean(np.abs(increments.correlation))),
         increment_correlation=float(np.mean(shared_n)),
+        abs_correlation=_shares(correlation_n),
+        r2=_shares(correlation_n**2),
     )
+
+
+def _shares(values_n: F64) -> tuple[float, ...]:
+    return tuple((np.histogram(values_n, SHARE_EDGES)[0] / len(values_n)).tolist())
 
 
 def null_views(

@@ -234,6 +234,38 @@ def test_a_grid_is_measured_beside_one_fit_and_plain_files(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["grid.json"]
 
 
+@pytest.mark.slow
+def test_a_page_is_measured_and_held_to_its_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import page
+
+    arguments = ["--tiny", "--in", str(tmp_path), "--out", str(tmp_path / "page.json")]
+    (record,) = json.loads(page.main(arguments).read_text())["records"]
+    assert {"profiles", "network", "histogram"} <= set(record["figures"])
+    assert 20_000 < record["page_bytes"] < 3_000_000 and record["resident_bytes"] > 50 << 20
+    assert [file.name for file in tmp_path.iterdir()] == ["page.json"]
+    assert "resident" in capsys.readouterr().out
+    monkeypatch.setattr(page, "MOST_PAGE", 1000)
+    with pytest.raises(SystemExit):
+        page.main(arguments)
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_readme_are_drawn_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import figures
+
+    written = figures.main(["--tiny", "--out", str(tmp_path)])
+    assert {file.stem for file in written} >= set(figures.DRAWN)
+    for file in written:
+        assert file.read_bytes().startswith(b"\x89PNG") and 1000 < file.stat().st_size < figures.MOST_BYTES
+    kept = {file.name for file in figures.FOLDER.iterdir()}
+    assert kept == {f"{name}.png" for name in (*figures.DRAWN, "report")}
+    monkeypatch.setattr(figures, "MOST_BYTES", 1000)
+    with pytest.raises(SystemExit, match=r"profiles.png has"):
+        figures.main(["--tiny", "--out", str(tmp_path)])
+
+
 def test_an_import_of_other_numbers_is_noticed(tmp_path: Path) -> None:
     from benchmarks import importing
 

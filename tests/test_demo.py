@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 import cmdgpu
 from cmdgpu import demo
-from cmdgpu.demo import DemoReport, run_demo
+from cmdgpu.demo import DemoReport, digits, outcome, run_demo
 from cmdgpu.errors import CmdgpuError, StoreExists
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def claim(directory: Path) -> None:
 def numbers(report: DemoReport) -> dict[str, Any]:
     """The report without times and places."""
     content = report.to_json()
-    for key in ("dir", "trajectory", "figures", "elapsed_s"):
+    for key in ("dir", "trajectory", "figures", "report", "elapsed_s"):
         del content[key]
     for fit in content["fit"].values():
         for key in ("result", "fit_s", "bytes_per_s"):
@@ -69,38 +70,36 @@ def tree(directory: Path) -> dict[str, bytes | None]:
 
 
 def test_the_shipped_images_are_the_uci_test_set() -> None:
-    digits = demo.load_digits()
-    assert digits.images.shape == (1797, 8, 8)
-    assert digits.images.dtype == digits.labels.dtype == np.uint8
-    assert np.bincount(digits.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    scans = digits.load_digits()
+    assert scans.images.shape == (1797, 8, 8)
+    assert scans.images.dtype == scans.labels.dtype == np.uint8
+    assert np.bincount(scans.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert (
-        hashlib.sha256(digits.images.tobytes() + digits.labels.tobytes()).hexdigest()
+        hashlib.sha256(scans.images.tobytes() + scans.labels.tobytes()).hexdigest()
         == "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
     )
 
 
 def test_every_image_is_in_exactly_one_split() -> None:
-    digits = demo.load_digits()
-    images = demo.split_digits(digits, 0, CPU)
+    scans = digits.load_digits()
+    images = digits.split_digits(scans, 0, CPU)
     assert (len(images.train), len(images.held_out)) == (1000, 797)
     together = (16 * torch.cat([images.train, images.held_out])[:, 0]).numpy().astype(np.uint8)
-    assert sorted(image.tobytes() for image in together) == sorted(image.tobytes() for image in digits.images)
-    assert not np.array_equal(together, digits.images)
+    assert sorted(image.tobytes() for image in together) == sorted(image.tobytes() for image in scans.images)
+    assert not np.array_equal(together, scans.images)
 
 
 def test_images_and_labels_are_shuffled_together() -> None:
-    digits = demo.load_digits()
-    label_of = {
-        image.tobytes(): int(label) for image, label in zip(digits.images, digits.labels, strict=True)
-    }
-    images = demo.split_digits(digits, 3, CPU)
+    scans = digits.load_digits()
+    label_of = {image.tobytes(): int(label) for image, label in zip(scans.images, scans.labels, strict=True)}
+    images = digits.split_digits(scans, 3, CPU)
     for image, label in zip(images.held_out, images.held_out_labels, strict=True):
         assert label_of[(16 * image[0]).numpy().astype(np.uint8).tobytes()] == int(label)
 
 
 def test_a_shifted_image_is_the_image_moved_by_at_most_one_pixel() -> None:
     images = torch.rand(200, 1, 8, 8) + 0.1
-    moved = demo.shifted(images, torch.Generator().manual_seed(0))
+    moved = digits.shifted(images, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     candidates = torch.stack([padded[:, :, y : y + 8, x : x + 8] for y in range(3) for x in range(3)])
     matches = (candidates == moved).flatten(start_dim=2).all(dim=2)
@@ -122,7 +121,7 @@ def test_what_is_reported_of_the_training_is_what_was_recorded_while_training(re
 
 def test_the_initial_state_is_recorded_before_anything_is_learned(report: DemoReport) -> None:
     first = cmdgpu.Trajectory.open(report.trajectory).state_dict(0)
-    initial = demo.initial_model(0, CPU).state_dict()
+    initial = digits.initial_model(0, CPU).state_dict()
     assert list(first) == list(initial)
     assert all(torch.equal(first[name], tensor) for name, tensor in initial.items())
 
@@ -132,16 +131,16 @@ def test_a_few_epochs_beat_guessing_by_far(report: DemoReport) -> None:
 
 
 def test_reported_scores_are_those_of_the_models_rebuilt_from_the_results(report: DemoReport) -> None:
-    images = demo.split_digits(demo.load_digits(), report.seed, CPU)
+    images = digits.split_digits(digits.load_digits(), report.seed, CPU)
     assert [fit.n_modes_asked for fit in report.fits] == list(demo.MODES)
     for fit in report.fits:
-        model = demo.digit_classifier()
+        model = digits.digit_classifier()
         cmd = cmdgpu.CMD.load(fit.result)
         cmd.load_into(model, -1)
-        assert demo.judge(model, images).test == fit.score.last_test
+        assert digits.judge(model, images).test == fit.score.last_test
         cmd.load_into(model, fit.score.selected_epoch)
-        assert demo.judge(model, images).test == fit.score.selected_test
-        assert demo.judge(model, images).validation == fit.score.selected_validation
+        assert digits.judge(model, images).test == fit.score.selected_test
+        assert digits.judge(model, images).validation == fit.score.selected_validation
 
 
 def test_reported_weight_errors_and_correlations_are_those_of_the_rebuilt_rows(report: DemoReport) -> None:
@@ -170,7 +169,7 @@ def test_more_modes_fit_no_worse_than_one(report: DemoReport) -> None:
 
 
 def test_the_first_held_out_images_validate_and_the_rest_test() -> None:
-    images = demo.split_digits(demo.load_digits(), 0, CPU)
+    images = digits.split_digits(digits.load_digits(), 0, CPU)
     logits = torch.nn.functional.one_hot(images.held_out_labels, 10).float()
     logits[297:] = logits[297:].roll(1, dims=1)
 
@@ -179,7 +178,7 @@ def test_the_first_held_out_images_validate_and_the_rest_test() -> None:
             assert torch.equal(x, images.held_out)
             return logits
 
-    verdict = demo.judge(Answers(), images)
+    verdict = digits.judge(Answers(), images)
     assert (verdict.validation, verdict.test) == (1.0, 0.0)
     assert verdict.validation_loss == pytest.approx(np.log(np.e + 9) - 1)
 
@@ -189,7 +188,7 @@ def test_validation_images_select_and_test_images_do_not() -> None:
     validation, loss = np.array([0.5, 0.9, 0.9, 0.9, 0.8]), np.array([9.0, 0.3, 0.2, 0.2, 0.1])
     for best in range(5):
         test = np.where(np.arange(5) == best, 1.0, 0.1 * np.arange(5))
-        chosen = demo.score_of(steps, demo.Curve(validation, loss, test))
+        chosen = outcome.score_of(steps, outcome.Curve(validation, loss, test))
         assert chosen.selected_epoch == 20
         assert chosen.selected_validation == 0.9
         assert chosen.selected_test == test[2]
@@ -214,11 +213,11 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_threads_and_the_globa
 
 
 def test_the_seed_decides_the_split_and_the_initial_weights() -> None:
-    digits = demo.load_digits()
-    assert not torch.equal(demo.split_digits(digits, 0, CPU).train, demo.split_digits(digits, 1, CPU).train)
-    first, second = demo.initial_model(0, CPU), demo.initial_model(1, CPU)
+    scans = digits.load_digits()
+    assert not torch.equal(digits.split_digits(scans, 0, CPU).train, digits.split_digits(scans, 1, CPU).train)
+    first, second = digits.initial_model(0, CPU), digits.initial_model(1, CPU)
     assert not torch.equal(flat_of(first), flat_of(second))
-    assert torch.equal(flat_of(first), flat_of(demo.initial_model(0, CPU)))
+    assert torch.equal(flat_of(first), flat_of(digits.initial_model(0, CPU)))
 
 
 def flat_of(model: torch.nn.Module) -> torch.Tensor:
@@ -256,9 +255,21 @@ def test_the_report_on_disk_is_strict_json_and_equals_the_one_returned(report: D
 
 
 def test_exactly_the_files_it_speaks_of_lie_in_the_directory(report: DemoReport) -> None:
-    spoken = {report.trajectory, *(fit.result for fit in report.fits), *report.figures}
+    spoken = {report.trajectory, *(fit.result for fit in report.fits), *report.figures, report.page}
     assert set(report.directory.iterdir()) == {*spoken, report.directory / demo.MARKER}
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in report.figures)
+
+
+def test_the_page_shows_the_finest_fit_all_of_them_and_the_scores(report: DemoReport) -> None:
+    page = report.page.read_text(encoding="utf-8")
+    (found,) = re.findall(r'<script type="application/json" id="data"[^>]*>(.*?)</script>', page, re.DOTALL)
+    shown = json.loads(found)
+    assert [fit["n_modes"] for fit in shown["fits"]] == [fit.n_modes for fit in report.fits]
+    assert [fit["this"] for fit in shown["fits"]] == [False, False, False, True]
+    last = {row["label"]: row["scores"]["test_accuracy"] for row in shown["methods"]["last"]}
+    assert last["training"] == pytest.approx(report.training.last_test)
+    assert last["CMD, M = 10"] == pytest.approx(report.fits[-1].score.last_test)
+    assert "validation_accuracy" in shown["scalars"] and shown["unit"] == "epoch"
 
 
 # --- the directory ---------------------------------------------------------------------------------
@@ -309,6 +320,7 @@ class TestTheDirectory:
             "accuracy.png",
             "modes.png",
             "correlation.png",
+            "report.html",
         ]
         for name in [*mine, *ours]:
             (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -21,12 +21,16 @@ def test_the_public_names_are_these() -> None:
         "CmdgpuError",
         "CmdgpuWarning",
         "Comparison",
+        "Landscape",
         "Recorder",
+        "Report",
         "Trajectory",
         "__version__",
         "baselines",
         "compare",
+        "landscape",
         "plot",
+        "report",
     ]
     assert set(dir(cmdgpu)) >= set(cmdgpu.__all__)
     for name in cmdgpu.__all__:
@@ -83,6 +87,7 @@ QUICK: dict[str, int] = {
     "inspect --help": 0,
     "demo --help": 0,
     "compare --help": 0,
+    "landscape --help": 0,
     "doctor --help": 0,
     "nonsense": 2,
     "--nonsense": 2,
@@ -94,6 +99,8 @@ QUICK: dict[str, int] = {
     "verify": 2,
     "compare": 2,
     "compare run.zarr --batch-norm off": 2,
+    "landscape": 2,
+    "landscape run.cmd.zarr -o x.json --evaluate task:evaluate": 2,
 }
 
 

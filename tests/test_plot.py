@@ -9,60 +9,36 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from cmdgpu.errors import CmdgpuError, UsageError
-from cmdgpu.notation import F32, I16, I64
 from cmdgpu.plot import (
     FIGURES,
-    MAX_PANELS,
     accuracy_against_step,
+    correlation_histogram,
     correlation_matrix,
+    error_against_modes,
+    landscape,
     methods_against_step,
+    modes_through_network,
     reference_profiles,
+    sampled_weights,
+    scalars_against_step,
+    trajectory_plane,
 )
+from tests.small_fits import network_fit, planted_fit
 
 SNAPSHOTS = 40
 STEPS = np.arange(SNAPSHOTS)
-
-
-@dataclass
-class Planted:
-    """Rows a r + b + noise of known modes, in an order that hides the modes."""
-
-    references_: F32
-    sample_: F32
-    sample_labels_: I16
-    metrics_: dict[str, Any]
-    steps_: I64 = field(default_factory=lambda: 5 * np.arange(SNAPSHOTS))
-
-
-def planted(modes: int = 4, rows: int = 60, *, noise: float = 0.05, seed: int = 0) -> Planted:
-    rng = np.random.default_rng(seed)
-    R_mt = np.cumsum(rng.standard_normal((modes, SNAPSHOTS)), axis=1)
-    label_k = np.sort(np.arange(rows) % modes)
-    rng.shuffle(label_k)
-    a_k, b_k = rng.choice([-2.0, 0.5, 3.0], rows), rng.normal(5, 2, rows)
-    sample_kt = a_k[:, None] * R_mt[label_k] + b_k[:, None] + noise * rng.standard_normal((rows, SNAPSHOTS))
-    for mode in range(modes):
-        sample_kt[np.flatnonzero(label_k == mode)[0]] = R_mt[mode]
-    sizes = [1000 * (modes - mode) for mode in range(modes)]
-    return Planted(
-        references_=R_mt.astype(np.float32),
-        sample_=sample_kt.astype(np.float32),
-        sample_labels_=label_k.astype(np.int16),
-        metrics_={"mode_sizes": sizes, "n_constant": 2500, "n_nonfinite": 2},
-    )
 
 
 def curves() -> dict[str, Any]:
@@ -78,11 +54,27 @@ def methods() -> Figure:
     return methods_against_step(STEPS, errors, scores, selected={"recorded": 30, "method 1": 20})
 
 
+def surface() -> Any:
+    """A landscape of no model."""
+    x = np.linspace(0, 2, 5)
+    score_yx = np.add.outer((x - 1) ** 2, (x - 1) ** 2)
+    return SimpleNamespace(
+        modes=(0, 1), step=3, x=x, y=x, scores={"loss": score_yx}, trained={"loss": 0.0}, select=(), best=None
+    )
+
+
 DRAWN: dict[str, Callable[[], Figure]] = {
     "accuracy": lambda: accuracy_against_step(STEPS, curves(), unit="epoch", title="Accuracy"),
     "methods": methods,
-    "profiles": lambda: reference_profiles(planted(), unit="epoch"),
-    "correlation": lambda: correlation_matrix(planted()),
+    "profiles": lambda: reference_profiles(planted_fit()),
+    "correlation": lambda: correlation_matrix(planted_fit()),
+    "network": lambda: modes_through_network(network_fit()),
+    "histogram": lambda: correlation_histogram(planted_fit(n_rows=150)),
+    "weights": lambda: sampled_weights(planted_fit()),
+    "scalars": lambda: scalars_against_step(planted_fit()),
+    "fits": lambda: error_against_modes({"one": planted_fit(1), "four": planted_fit(4)}),
+    "plane": lambda: trajectory_plane(planted_fit()),
+    "landscape": lambda: landscape(surface()),
 }
 
 
@@ -90,15 +82,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def texts(figure: Figure) -> str:
-    """Every heading of the figure."""
-    return "\n".join([figure.get_suptitle(), *(axes.get_title(loc="left") for axes in figure.axes)])
-
-
-def image(axes: Axes) -> Any:
-    return np.asarray(axes.get_images()[0].get_array())
 
 
 def test_every_registered_figure_is_held_to_these_laws() -> None:
@@ -181,90 +164,6 @@ def test_methods_are_drawn_where_their_numbers_are_and_told_apart_when_colours_a
     only = methods_against_step(STEPS[:1], {"CMD": [0.5]})
     only.draw_without_rendering()
     assert len(only.axes) == 1
-
-
-def test_profiles_are_drawn_centred_and_of_unit_norm() -> None:
-    cmd = planted()
-    figure = reference_profiles(cmd)
-    for panel, reference in zip(figure.axes, cmd.references_, strict=True):
-        line = panel.get_lines()[-1]
-        y = np.asarray(line.get_ydata(), dtype=np.float64)
-        assert abs(y.mean()) < 1e-12
-        assert np.linalg.norm(y) == pytest.approx(1)
-        assert np.corrcoef(y, reference)[0, 1] == pytest.approx(1)
-        assert np.array_equal(np.asarray(line.get_xdata()), cmd.steps_)
-
-
-def test_bands_follow_the_reference_though_half_of_the_rows_move_against_it() -> None:
-    figure = reference_profiles(planted(noise=1e-3))
-    for panel in figure.axes:
-        y = np.asarray(panel.get_lines()[-1].get_ydata(), dtype=np.float64)
-        band = np.asarray(panel.collections[0].get_paths()[0].vertices)
-        assert band[:, 1].max() - y.max() < 0.05
-        assert y.min() - band[:, 1].min() < 0.05
-
-
-def test_headings_say_each_mode_s_share_of_the_moving_rows_and_the_sizes() -> None:
-    figure = reference_profiles(planted())
-    said = texts(figure)
-    assert "mode 0   40.0 %\n4,000 rows" in said
-    assert "mode 3   10.0 %\n1,000 rows" in said
-    assert "N = 12,502, T = 40, M = 4, K = 60" in said
-
-
-def test_only_the_largest_of_very_many_modes_are_drawn_and_the_heading_says_so() -> None:
-    figure = reference_profiles(planted(modes=30))
-    assert sum(axes.axison for axes in figure.axes) == MAX_PANELS
-    assert f"the {MAX_PANELS} largest of 30 modes" in texts(figure)
-
-
-def test_a_mode_with_one_sampled_row_has_a_profile_and_no_band() -> None:
-    figure = reference_profiles(planted(modes=3, rows=3))
-    assert [len(panel.collections) for panel in figure.axes] == [0, 0, 0]
-    assert [len(panel.get_lines()) for panel in figure.axes] == [2, 2, 2]
-
-
-def test_the_matrix_is_the_correlation_of_the_sample_before_and_its_permutation_after() -> None:
-    cmd = planted()
-    before, after, _ = correlation_matrix(cmd).axes
-    expected = np.abs(np.corrcoef(cmd.sample_.astype(np.float64)))
-    assert np.allclose(image(before), expected, atol=1e-12)
-    order = np.argsort(cmd.sample_labels_, kind="stable")
-    assert np.allclose(np.sort(image(after), axis=None), np.sort(expected[np.ix_(order, order)], axis=None))
-    assert np.allclose(np.diag(image(after)), 1)
-    assert before.get_images()[0].get_clim() == after.get_images()[0].get_clim() == (0, 1)
-
-
-def test_after_ordering_each_mode_is_one_block_and_boundaries_stand_between_blocks() -> None:
-    cmd = planted(noise=1e-4)
-    _, after, _ = correlation_matrix(cmd).axes
-    ends = [np.asarray(line.get_xydata()) for line in after.get_lines()]
-    assert sorted(xy[0, 1] for xy in ends if xy[0, 1] == xy[1, 1]) == [14.5, 29.5, 44.5]
-    assert sorted(xy[0, 0] for xy in ends if xy[0, 0] == xy[1, 0]) == [14.5, 29.5, 44.5]
-    for mode in range(4):
-        block = slice(15 * mode, 15 * mode + 15)
-        assert image(after)[block, block].min() > 0.999
-    assert [label.get_text() for label in after.get_yticklabels()] == ["0", "1", "2", "3"]
-
-
-def test_sampled_rows_without_a_mode_are_left_out_of_the_matrix() -> None:
-    cmd = planted()
-    cmd.sample_[3] = 1.5
-    cmd.sample_[4, 7] = np.nan
-    cmd.sample_labels_[3:5] = [-1, -2]
-    figure = correlation_matrix(cmd)
-    assert image(figure.axes[0]).shape == (58, 58)
-    assert "K = 58" in texts(figure)
-
-
-@pytest.mark.parametrize("draw", [reference_profiles, correlation_matrix])
-def test_without_a_moving_row_there_is_nothing_to_draw(draw: Callable[[Planted], Figure]) -> None:
-    cmd = planted()
-    cmd.references_ = cmd.references_[:0]
-    cmd.sample_labels_[:] = -1
-    cmd.metrics_["mode_sizes"] = []
-    with pytest.raises(UsageError, match="moves"):
-        draw(cmd)
 
 
 def test_a_name_is_claimed_once() -> None:

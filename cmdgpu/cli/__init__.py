@@ -23,6 +23,8 @@ _COMMANDS: Final = {
     "repair": "bring a damaged trajectory back to its last whole snapshot",
     "fit": "decompose a trajectory into modes, out of core",
     "compare": "hold methods against the recorded snapshots: weights, scores, bytes, seconds",
+    "report": "show a fit in one page: figures, tables, and whether its modes mean anything",
+    "landscape": "evaluate the model while the references of two modes take other values",
     "export": "write one step of a trajectory or a result as a file",
     "doctor": "say what this machine can do, and why not more",
 }

@@ -22,7 +22,9 @@ _QUIET_S = 1.0
 class LineProgress:
     """One line per 10 %: for logs and pipes."""
 
-    def __init__(self) -> None:
+    def __init__(self, things: str | None = None) -> None:
+        """``things`` are counted instead of bytes."""
+        self._things = things
         self._what = ""
         self._total = self._done = self._shown = 0
         self._started = self._printed = 0.0
@@ -41,11 +43,11 @@ class LineProgress:
         seconds = max(now - self._started, 1e-9)
         speed = self._done / seconds
         left = (self._total - self._done) / speed if speed else 0.0
-        click.echo(
-            f"{self._what}  {10 * tenth:3d} %  {show_bytes(self._done)} of {show_bytes(self._total)}  "
-            f"{speed / 1e9:.2f} GB/s  {max(left, 0.0):.0f} s left",
-            err=True,
-        )
+        if self._things is None:
+            amount = f"{show_bytes(self._done)} of {show_bytes(self._total)}  {speed / 1e9:.2f} GB/s"
+        else:
+            amount = f"{self._done} of {self._total} {self._things}  {speed:.3g} {self._things}/s"
+        click.echo(f"{self._what}  {10 * tenth:3d} %  {amount}  {max(left, 0.0):.0f} s left", err=True)
 
     def end(self) -> None:
         return
@@ -54,7 +56,8 @@ class LineProgress:
 class _Bar:
     """A rich bar, drawn on stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, things: str | None = None) -> None:
+        self._things = things
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
@@ -63,17 +66,32 @@ class _Bar:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
+            ProgressColumn,
+            Task,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
         from rich.progress import Progress as Bar
+        from rich.text import Text
+
+        things = self._things
+
+        class Pace(ProgressColumn):
+            """Things per second."""
+
+            def render(self, task: Task) -> Text:
+                return Text(f"{things}  {task.speed or 0.0:.3g} {things}/s")
 
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *(
+                (DownloadColumn(), TransferSpeedColumn())
+                if things is None
+                else (MofNCompleteColumn(), Pace())
+            ),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -93,3 +111,8 @@ class _Bar:
 
 def terminal_progress() -> Progress:
     return _Bar()
+
+
+def counting(progress: Progress, things: str) -> Progress:
+    """The same way of telling, for work that counts ``things`` and no bytes."""
+    return type(progress)(things) if isinstance(progress, (LineProgress, _Bar)) else progress

@@ -18,8 +18,8 @@ def run(context: Context, *, directory: Path, device: str, seed: int, epochs: in
     """The whole way on real data, offline, in two minutes.
 
     Trains a small network on 1,797 scanned digits, records every epoch, decomposes the run into 1, 2, 5 and
-    10 modes, rebuilds every snapshot, evaluates it on held-out images, prints one table and draws three
-    figures into DIRECTORY (cmdgpu-demo by default).
+    10 modes, rebuilds every snapshot, evaluates it on held-out images, prints one table, and leaves a page to
+    look at, report.html, and three figures in DIRECTORY (cmdgpu-demo by default).
     """
     from cmdgpu.demo import run_demo
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from cmdgpu.comparison.fits import fit_methods
-from cmdgpu.comparison.judging import BatchNorm, Evaluation, Judge, Judged
+from cmdgpu.comparison.judging import BatchNorm, Evaluation, Judge, Judged, built
 from cmdgpu.comparison.methods import METHODS, Asked, Method, method_of, parse_method, split_methods
 from cmdgpu.comparison.outcome import Comparison, Row
 from cmdgpu.comparison.weights import weight_errors
@@ -131,7 +132,8 @@ def _judged(
     if judge is None:
         return [Judged("none", {}, math.nan)], None
     try:
-        return judge.judge(method, step), None
+        load = partial(method.fittable.load_into, step=step)
+        return judge.judge(load, f"for {method.label} at step {step}"), None
     except CmdgpuError as error:
         if not beyond:
             raise
@@ -140,7 +142,7 @@ def _judged(
 
 def _trajectory_of(place: Trajectory | CMD | Any) -> Trajectory:
     if isinstance(place, CMD):
-        traj = place._trajectory  # pyright: ignore[reportPrivateUsage]
+        traj = place.trajectory
         if traj is None:
             raise UsageError(
                 "the trajectory is out of reach, and its snapshots are what everything is held against",
@@ -226,9 +228,4 @@ def _judge(
         return None
     if model is None:
         raise UsageError("there is no model to evaluate", hint="give model: the network, or what builds it")
-    built: object = model if isinstance(model, nn.Module) else cast(Callable[[], object], model)()
-    if not isinstance(built, nn.Module):
-        raise UsageError(
-            f"the model is a {type(built).__name__}, not a torch.nn.Module", hint="give the network itself"
-        )
-    return Judge(built, evaluate, batch_norm, loader, [key.removeprefix("min:") for key in keys])
+    return Judge(built(model), evaluate, batch_norm, loader, [key.removeprefix("min:") for key in keys])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from cmdgpu.comparison.methods import Method
 from cmdgpu.errors import CmdgpuError, CmdgpuWarning, UsageError, printable
 
 Evaluation: TypeAlias = Callable[[nn.Module], Mapping[str, float]]
 """Takes a model in evaluation mode that it must not change; answers named scores."""
+
+Load: TypeAlias = Callable[[nn.Module], None]
+"""Gives a model the weights that are judged."""
 
 BatchNorm: TypeAlias = Literal["kept", "reestimated", "both"]
 Treatment: TypeAlias = Literal["none", "kept", "reestimated"]
@@ -85,34 +88,37 @@ class Judge:
             )
         return ("reestimated",) if batch_norm == "reestimated" else ("kept", "reestimated")
 
-    def judge(self, method: Method, step: int) -> list[Judged]:
-        """The scores of one step under every treatment; the model is left with its weights.
+    def judge(self, load: Load, where: str) -> list[Judged]:
+        """The scores of what ``load`` makes of the model, under every treatment; it is left with its weights.
 
-        Gradients are off. Raises what ``load_into`` raises, and CmdgpuError naming method and step for what
-        goes wrong in the function of the user.
+        Gradients are off. Raises what ``load`` raises, and CmdgpuError that ends with ``where`` ("for swa at
+        step 2") for what goes wrong in the function of the user.
         """
         started = time.perf_counter()
-        self._load(method, step)
-        rebuild_s = time.perf_counter() - started
+        self.load(load)
+        return self.judge_loaded(where, time.perf_counter() - started)
+
+    def judge_loaded(self, where: str, rebuild_s: float = math.nan) -> list[Judged]:
+        """The same of the weights and, where they are kept, the statistics that the model has."""
         judged: list[Judged] = []
         was_training = self._model.training
         try:
             for treatment in self.treatments:
                 if treatment == "reestimated":
-                    self._measure(method, step)
+                    self._measure(where)
                 self._model.eval()
-                judged.append(Judged(treatment, self._score(method, step), rebuild_s))
+                judged.append(Judged(treatment, self._score(where), rebuild_s))
         finally:
             self._model.train(was_training)
         return judged
 
-    def _load(self, method: Method, step: int) -> None:
+    def load(self, load: Load) -> None:
         """With the buffers of the snapshot; a warning that comes at every step is given once."""
         for buffer, own in self._own:
             buffer.copy_(own)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CmdgpuWarning)
-            method.fittable.load_into(self._model, step)
+            load(self._model)
         for warning in caught:
             text = str(warning.message)
             # what becomes of these statistics is asked and told here
@@ -120,23 +126,22 @@ class Judge:
                 self._told.add(text)
                 warnings.warn(text, warning.category, stacklevel=4)
 
-    def _measure(self, method: Method, step: int) -> None:
+    def _measure(self, where: str) -> None:
         assert self._loader is not None
         device = next(self._model.parameters()).device
         momenta = [module.momentum for module in self._norms]
         try:
-            with _blamed("the loader, or the model on its batches,", method, step), _seeded(device):
+            with _blamed("the loader, or the model on its batches,", where), _seeded(device):
                 update_bn(self._loader, self._model, device)
         finally:  # it does not tidy up after an error
             for module, momentum in zip(self._norms, momenta, strict=True):
                 module.momentum = momentum
 
-    def _score(self, method: Method, step: int) -> dict[str, float]:
-        name = printable(getattr(self._evaluate, "__qualname__", type(self._evaluate).__name__))
-        with _blamed(name, method, step), torch.no_grad():
+    def _score(self, where: str) -> dict[str, float]:
+        name = name_of(self._evaluate)
+        with _blamed(name, where), torch.no_grad():
             found: object = self._evaluate(self._model)
         scores = _numbers(found)
-        where = f"for {method.label} at step {step}"
         if scores is None:
             raise CmdgpuError(
                 f"{name} answered {printable(repr(found), 60)} {where}",
@@ -156,6 +161,21 @@ class Judge:
         return {score: scores[score] for score in self._names}
 
 
+def built(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The network, made where a function was given that makes it. Raises UsageError for anything else."""
+    found: object = model if isinstance(model, nn.Module) else cast(Callable[[], object], model)()
+    if not isinstance(found, nn.Module):
+        raise UsageError(
+            f"the model is a {type(found).__name__}, not a torch.nn.Module", hint="give the network itself"
+        )
+    return found
+
+
+def name_of(evaluate: Evaluation) -> str:
+    """What messages call a function of the user."""
+    return printable(getattr(evaluate, "__qualname__", type(evaluate).__name__))
+
+
 def _numbers(found: object) -> dict[str, float] | None:
     """Names and numbers; None where it is anything else."""
     if not isinstance(found, Mapping):
@@ -172,14 +192,14 @@ def _numbers(found: object) -> dict[str, float] | None:
 
 
 @contextlib.contextmanager
-def _blamed(who: str, method: Method, step: int) -> Generator[None]:
+def _blamed(who: str, where: str) -> Generator[None]:
     """Whatever is raised in it becomes one line that says where."""
     try:
         yield
     except Exception as error:
         said = printable(" ".join(str(error).split()), 240)
         what = f"{type(error).__name__}{f' ({said})' if said else ''}"
-        raise CmdgpuError(f"{who} raised {what} for {method.label} at step {step}") from error
+        raise CmdgpuError(f"{who} raised {what} {where}") from error
 
 
 @contextlib.contextmanager

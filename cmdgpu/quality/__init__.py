@@ -8,10 +8,11 @@ same number of rows, snapshots and modes, through the same pipeline.
 from cmdgpu.quality.at_hand import AtHand, Sampled, rows_at_hand
 from cmdgpu.quality.held_out import HeldOut
 from cmdgpu.quality.partitions import adjusted_rand
-from cmdgpu.quality.verdict import CorrelationBin, Quality, Verdict, View, assess
+from cmdgpu.quality.verdict import ChanceShares, CorrelationBin, Quality, Verdict, View, assess
 
 __all__ = [
     "AtHand",
+    "ChanceShares",
     "CorrelationBin",
     "HeldOut",
     "Quality",

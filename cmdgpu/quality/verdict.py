@@ -54,6 +54,16 @@ class View:
 
 
 @dataclass(frozen=True)
+class ChanceShares:
+    """Histograms of unrelated rows between ``null_model.SHARE_EDGES``, one for every repeat."""
+
+    abs_correlation: F64
+    """(REPEATS, 50) shares of the rows by |corr|."""
+    r2: F64
+    """(REPEATS, 50) by corr^2."""
+
+
+@dataclass(frozen=True)
 class CorrelationBin:
     """Rows whose |corr| lies in [low, high), the last bin closed."""
 
@@ -96,10 +106,15 @@ class Quality:
     stability: tuple[float, ...] = ()
     """Adjusted Rand index of the labels with those of other samples, one each; empty where not measured."""
     degradation: tuple[CorrelationBin, ...] = ()
+    chance_shares: Mapping[str, ChanceShares] = dataclasses.field(
+        default_factory=dict[str, ChanceShares], compare=False, repr=False
+    )
+    """By null model, of the same repeats as the views."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of strict JSON: what is not a number is None."""
-        plain = _plain(dataclasses.asdict(self))
+        """Plain values of strict JSON: what is not a number is None; without the histograms."""
+        plain = _plain(dataclasses.asdict(dataclasses.replace(self, chance_shares={})))
+        del plain["chance_shares"]
         for name in ("levels", "increments", "increment_correlation"):
             view: View | None = getattr(self, name)
             if view is not None:
@@ -179,6 +194,13 @@ def assess(at_hand: AtHand, steps_t: I64, R_mt: F64, rule: Rule) -> Quality:
             for other_kt in at_hand.resampled
         ),
         degradation=_degradation(followed, apart["every fifth"]),
+        chance_shares={
+            name: ChanceShares(
+                np.array([views.abs_correlation for views in repeats]),
+                np.array([views.r2 for views in repeats]),
+            )
+            for name, repeats in chance.items()
+        },
     )
     return dataclasses.replace(quality, words=_in_words(quality, at_hand.note))
 

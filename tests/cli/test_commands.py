@@ -38,6 +38,11 @@ OPTIONS: dict[str, set[str]] = {
         *("source", "methods", "modes", "steps", "evaluate", "model", "loader", "batch_norm", "select"),
         *("csv", "figure", "memory_limit"),
     },
+    "landscape": {
+        *("source", "out", "modes", "span", "points", "step", "evaluate", "model", "loader", "batch_norm"),
+        *("select", "figure", "score"),
+    },
+    "report": {"result", "out", "baselines", "fits", "scores", "landscape", "title", "memory_limit"},
     "export": {"source", "out", "step", "kind", "max_shard_size", "params", "buffers"},
     "doctor": set(),
 }

@@ -19,9 +19,10 @@ import torch
 
 from cmdgpu import ops
 from cmdgpu.cli import outcome
-from cmdgpu.cli.bar import LineProgress
+from cmdgpu.cli.bar import LineProgress, counting
 from cmdgpu.decomposition import CMD
 from cmdgpu.errors import CmdgpuError
+from cmdgpu.progress import Silent
 from cmdgpu.results import partials_of, progress_of
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.trajectory import Trajectory
@@ -121,11 +122,34 @@ def test_a_log_gets_a_line_per_tenth_and_not_more_often_than_once_a_second(
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["100"]
 
 
-def test_a_terminal_gets_a_bar_on_stderr() -> None:
-    script = """
+def test_work_that_counts_things_is_told_in_things(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("cmdgpu.cli.bar.time.perf_counter", lambda: clock[0])
+    points = counting(LineProgress(), "points")
+    points.begin("landscape", 20)
+    for _ in range(20):
+        clock[0] += 0.5
+        points.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "landscape   10 %  2 of 20 points  2 points/s  9 s left" and len(lines) == 10
+    silent = Silent()
+    assert counting(silent, "points") is silent
+
+
+@pytest.mark.parametrize(
+    ("bar", "shown"),
+    [
+        ("terminal_progress()", r"1\.0/1\.0 kB"),
+        ("counting(terminal_progress(), 'points')", r"1000/1000\S* points  \S+ points/s"),
+    ],
+)
+def test_a_terminal_gets_a_bar_on_stderr(bar: str, shown: str) -> None:
+    script = f"""
 import time
-from cmdgpu.cli.bar import terminal_progress
-bar = terminal_progress()
+from cmdgpu.cli.bar import counting, terminal_progress
+bar = {bar}
 bar.begin("fit", 1000)
 for _ in range(10):
     bar.advance(100)
@@ -143,7 +167,7 @@ bar.end()
             drawn += part.decode()
     os.close(terminal)
     assert (ended.code, ended.out) == (0, "")
-    assert "fit" in drawn and "━" in drawn and "1.0/1.0 kB" in drawn
+    assert "fit" in drawn and "━" in drawn and re.search(shown, drawn)
 
 
 # ---- errors -------------------------------------------------------------------------------------------
