@@ -7,8 +7,6 @@ the report needs playwright and Chromium; without them the one that is there sta
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,19 +20,15 @@ from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import cmdgpu as cg  # noqa: E402
+from benchmarks.browser import FLAGS, chromium_path  # noqa: E402
 from benchmarks.machine import RESULTS  # noqa: E402
-from cmdgpu.demo import run_demo  # noqa: E402
+from cmdgpu.demo import DemoReport, run_demo  # noqa: E402
 
 FOLDER: Final = RESULTS / "figures"
 MOST_BYTES: Final = 160_000
 """Of one picture."""
 COLOURS: Final = 64
 DPI: Final = 100
-
-FLAGS: Final = (
-    "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-)  # fmt: skip
-"""Of a browser that runs as root in a container and asks nobody for anything."""
 
 DRAWN: Final[dict[str, Callable[[cg.CMD], Figure]]] = {
     "profiles": cg.plot.reference_profiles,
@@ -44,21 +38,21 @@ DRAWN: Final[dict[str, Callable[[cg.CMD], Figure]]] = {
 }
 
 
-def draw(demo: Path, folder: Path) -> list[Path]:
+def draw(demo: DemoReport, folder: Path) -> list[Path]:
     """Every figure of the demo's finest fit, and the top of its page."""
     folder.mkdir(parents=True, exist_ok=True)
-    cmd = cg.CMD.load(demo / "modes-10.cmd.zarr")
+    cmd = cg.CMD.load(demo.fits[-1].result)
     written: list[Path] = []
     for name, figure_of in DRAWN.items():
         file = folder / f"{name}.png"
         figure: Any = figure_of(cmd)
         figure.savefig(file, dpi=DPI)
         written.append(file)
-    chromium = os.environ.get("CMDGPU_CHROMIUM") or shutil.which("chromium")
+    chromium = chromium_path()
     if chromium is None:
         print("no Chromium: report.png stays as it is", flush=True)
     else:
-        photograph(demo / "report.html", folder / "report.png", chromium)
+        photograph(demo.page, folder / "report.png", chromium)
         written.append(folder / "report.png")
     for file in written:
         fewer_colours(file)
@@ -94,8 +88,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        demo = Path(folder) / "demo"
-        run_demo(demo, epochs=3 if options.tiny else 60)
+        demo = run_demo(Path(folder) / "demo", epochs=3 if options.tiny else 60)
         written = draw(demo, options.out)
     for file in written:
         print(f"{file.name}  {file.stat().st_size} bytes", flush=True)
