@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
-import scipy.cluster.hierarchy  # pyright: ignore[reportMissingTypeStubs]
-from scipy.spatial.distance import squareform  # pyright: ignore[reportMissingTypeStubs]
 
 from cmdgpu.errors import CmdgpuWarning, UsageError
 from cmdgpu.notation import CONSTANT, F64, I16, I64, MAX_MODES, NON_FINITE, BoolArray
 from cmdgpu.profiles import centred
 from cmdgpu.registry import Registry
 
-_HIERARCHY: Any = scipy.cluster.hierarchy  # SciPy ships no types
 _FLOAT32 = np.finfo(np.float32)
 _SAME: Final = 1e-12
 """Distances below are rounding: rows that are affine images of each other."""
@@ -134,7 +131,7 @@ def grow_tree(sample_kt: F64, affinity: str) -> Tree:
         distance = distance_of(corr)
         distance[distance < _SAME] = 0.0
         np.fill_diagonal(distance, 0.0)
-        linkage = np.asarray(_HIERARCHY.linkage(squareform(distance, checks=False), method="complete"))
+        linkage = _complete_linkage(distance)
     return Tree(why, moving, corr, linkage)
 
 
@@ -165,7 +162,7 @@ class Tree:
         clusters = np.ones(len(self.moving), dtype=np.int64)
         if len(self.moving) > 1:
             rule, cut = ("maxclust", n_modes) if threshold is None else ("distance", threshold)
-            clusters = np.asarray(_HIERARCHY.fcluster(self.linkage, cut, criterion=rule), dtype=np.int64)
+            clusters = np.asarray(_hierarchy().fcluster(self.linkage, cut, criterion=rule), dtype=np.int64)
         modes = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
         references = [int(members[_central(self.corr, members)]) for members in modes]
         order = sorted(range(len(modes)), key=lambda m: (-len(modes[m]), references[m]))
@@ -180,6 +177,19 @@ class Tree:
                 stacklevel=2,
             )
         return Clustering(labels, self.moving[[references[m] for m in order]], self.linkage)
+
+
+def _complete_linkage(distance_kk: F64) -> F64:
+    from scipy.spatial.distance import squareform  # pyright: ignore[reportMissingTypeStubs]
+
+    return np.asarray(_hierarchy().linkage(squareform(distance_kk, checks=False), method="complete"))
+
+
+def _hierarchy() -> Any:
+    """SciPy's, without types: a third of a second to import, which who only reads results does without."""
+    import scipy.cluster.hierarchy  # pyright: ignore[reportMissingTypeStubs]
+
+    return scipy.cluster.hierarchy
 
 
 def _central(corr: F64, members: I64) -> int:

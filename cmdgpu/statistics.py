@@ -113,7 +113,7 @@ def summarise(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> 
     return {
         "n_rows": int(parameters[0].sum()),
         "n_buffer_rows": int(buffers[0].sum()),
-        **_fit_of(parameters, n_snapshots),
+        **fit_of(parameters, n_snapshots),
         "mode_quantiles": [_quantiles(row) for row in totals.histogram],
     }
 
@@ -121,14 +121,15 @@ def summarise(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> 
 def summarise_buffers(totals: Totals, parameter_map: ParameterMap, n_snapshots: int) -> dict[str, Any]:
     """The same of buffers alone, but for the quantiles: their |corr| is in no histogram."""
     sums = totals.of(~_is_parameter(parameter_map))
-    return {"n_rows": int(sums[0].sum()), **_fit_of(sums, n_snapshots)}
+    return {"n_rows": int(sums[0].sum()), **fit_of(sums, n_snapshots)}
 
 
 def _is_parameter(parameter_map: ParameterMap) -> BoolArray:
     return np.array([tensor.kind == "parameter" for tensor in parameter_map], dtype=bool)
 
 
-def _fit_of(sums: F64, n_snapshots: int) -> dict[str, Any]:
+def fit_of(sums: F64, n_snapshots: int) -> dict[str, Any]:
+    """The metrics of any sums (len(FIELDS), 2 + M); NaN for a mean over no row."""
     count, ss, rss, abs_corr, corr2, below = sums
     moving = float(count[_FIRST_MODE:].sum())
     finite = float(count[1:].sum())
@@ -160,7 +161,7 @@ def _quantiles(histogram: I64) -> list[float]:
     """|corr| at QUANTILES, linear inside a bin; NaN for an empty mode."""
     if not histogram.any():
         return [float("nan")] * len(QUANTILES)
-    reached = _reached(histogram)
+    reached = share_below(histogram)
     return [float(np.interp(q, reached, BIN_EDGES)) for q in QUANTILES]
 
 
@@ -171,10 +172,10 @@ def fraction_below(totals: Totals) -> dict[str, float]:
     histogram: I64 = totals.histogram.sum(axis=0)
     if not histogram.any():
         return dict.fromkeys(map(str, LIMITS), float("nan"))
-    reached = _reached(histogram)
+    reached = share_below(histogram)
     return {str(limit): float(np.interp(limit, BIN_EDGES, reached)) for limit in LIMITS}
 
 
-def _reached(histogram: I64) -> F64:
-    """(N_BINS + 1,) share of the rows below each edge."""
+def share_below(histogram: I64) -> F64:
+    """(N_BINS + 1,) share of the rows, of which there must be one, below each of BIN_EDGES."""
     return np.concatenate([[0.0], np.cumsum(histogram)]) / int(histogram.sum())

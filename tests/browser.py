@@ -5,7 +5,6 @@ Skipped, with the reason, where there is no Chromium or no ``playwright``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import resources
@@ -14,23 +13,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from benchmarks.browser import FLAGS, NAMES, chromium_path
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Page
 
-NAMES: Final = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS: Final = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-)
 LOCAL: Final = ("file:", "data:", "blob:")
 
 
 @contextmanager
 def chromium() -> Generator[Browser, None, None]:
     """The Chromium of this machine; the test is skipped where there is none."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found = chromium_path()
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="no browser: playwright is not installed")

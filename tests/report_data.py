@@ -222,6 +222,7 @@ def _correlation(planted: _Planted, modes: int) -> Json:
     noise = 0.06 * rng.standard_normal((len(mode_k), planted.z_mt.shape[1]))
     corr_kk = np.abs(np.corrcoef(planted.z_mt[mode_k] + noise))
     shuffled = rng.permutation(len(mode_k))
+    means = corr_kk.reshape(modes, per_mode, modes, per_mode).mean(axis=(1, 3))
     return {
         "ordered": _png(corr_kk),
         "unordered": _png(corr_kk[np.ix_(shuffled, shuffled)]),
@@ -229,6 +230,8 @@ def _correlation(planted: _Planted, modes: int) -> Json:
         "shown": len(mode_k),
         "edges": [per_mode * m for m in range(modes + 1)],
         "modes": list(range(modes)),
+        "within": numbers(np.diagonal(means)),
+        "between": numbers(means) if modes <= 100 else None,
     }
 
 
@@ -287,6 +290,7 @@ def _network(rng: np.random.Generator, modes: int, names: list[str], n_tensors: 
         "blocks": [share(name) for name in blocks],
         "tensors_left_out": 0,
         "layers_left_out": 0,
+        "blocks_left_out": 0,
     }
 
 

@@ -266,6 +266,20 @@ def test_the_figures_of_the_readme_are_drawn_small(tmp_path: Path, monkeypatch: 
         figures.main(["--tiny", "--out", str(tmp_path)])
 
 
+def test_the_browser_is_the_one_that_is_named_or_one_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.browser import chromium_path
+
+    installed = tmp_path / "google-chrome"
+    installed.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CMDGPU_CHROMIUM", raising=False)
+    assert chromium_path() == str(installed)
+    monkeypatch.setenv("CMDGPU_CHROMIUM", "/opt/chromium")
+    assert chromium_path() == "/opt/chromium"
+
+
 def test_an_import_of_other_numbers_is_noticed(tmp_path: Path) -> None:
     from benchmarks import importing
 

@@ -87,7 +87,9 @@ QUICK: dict[str, int] = {
     "inspect --help": 0,
     "demo --help": 0,
     "compare --help": 0,
+    "report --help": 0,
     "landscape --help": 0,
+    "repair --help": 0,
     "doctor --help": 0,
     "nonsense": 2,
     "--nonsense": 2,
@@ -99,6 +101,7 @@ QUICK: dict[str, int] = {
     "verify": 2,
     "compare": 2,
     "compare run.zarr --batch-norm off": 2,
+    "report run.cmd.zarr": 2,
     "landscape": 2,
     "landscape run.cmd.zarr -o x.json --evaluate task:evaluate": 2,
 }

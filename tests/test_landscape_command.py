@@ -15,6 +15,7 @@ from cmdgpu.decomposition import CMD
 from cmdgpu.demo import run_demo
 from cmdgpu.mode_space import Landscape, landscape
 from cmdgpu.recording import Recorder
+from cmdgpu.trajectory import Trajectory
 from tests.harness import run_child, run_cli
 
 TASK = """
@@ -52,18 +53,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             recorder.record(model, epoch)
-    CMD(2, device="cpu").fit(_opened(tmp_path / "run.zarr"), out=tmp_path / "run.cmd.zarr")
+    CMD(2, device="cpu").fit(Trajectory.open(tmp_path / "run.zarr"), out=tmp_path / "run.cmd.zarr")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delitem(sys.modules, "landscape_task", raising=False)
     return tmp_path
-
-
-def _opened(path: Path) -> object:
-    from cmdgpu.trajectory import Trajectory
-
-    return Trajectory.open(path)
 
 
 @pytest.mark.usefixtures("here")

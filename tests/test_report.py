@@ -29,7 +29,7 @@ from cmdgpu.mode_space import landscape
 from cmdgpu.notation import F64
 from cmdgpu.recording import Recorder
 from cmdgpu.reporting import report
-from cmdgpu.reporting.gathering import MOST_PIXELS, MOST_TENSORS, drawn_snapshots, matrix_png
+from cmdgpu.reporting.gathering import MOST_PIXELS, MOST_TENSORS, drawn_snapshots, matrix_png, movements
 from cmdgpu.store.parameter_map import ParameterMap, whole
 from cmdgpu.trajectory import Trajectory
 from tests.harness import planted, run_cli, walks, write_store
@@ -147,6 +147,10 @@ def test_the_matrix_is_that_of_the_sampled_rows(fitted: CMD, data: dict[str, Any
     for m, (low, high) in enumerate(zip(shown["edges"], shown["edges"][1:], strict=False)):
         mine = np.sort(corr[np.ix_(labels == m, labels == m)].ravel())
         np.testing.assert_allclose(np.sort(ordered[low:high, low:high].ravel()), mine, atol=0.5 / 63 + 1e-6)
+        assert shown["within"][m] == pytest.approx(mine.mean(), rel=1e-5)
+        for other in range(3):
+            pairs = corr[np.ix_(labels == m, labels == other)]
+            assert shown["between"][m][other] == pytest.approx(pairs.mean(), rel=1e-5)
 
 
 def pixels(url: str) -> F64:
@@ -234,6 +238,31 @@ def test_sampled_weights_are_recorded_and_rebuilt(fitted: CMD, data: dict[str, A
             assert one["rebuilt"]["ema:decay=0.5"][t] == pytest.approx(filtered, rel=1e-5, abs=1e-6)
 
 
+def test_large_weights_that_hardly_move_are_no_stairs(tmp_path: Path) -> None:
+    """What the page rounds is small beside what each weight does, not beside its value."""
+    rng = np.random.default_rng(0)
+    shapes = np.cumsum(rng.standard_normal((2, 30)), axis=1)
+    W = (1 + 2e-5 * rng.standard_normal((60, 2)) @ shapes).astype(np.float32)
+    cmd = CMD(2, n_samples=60).fit(Trajectory.from_array(W, out=tmp_path / "run.zarr"))
+    data = report(cmd, tmp_path / "p.html").data
+    for one in data["weights"]:
+        row, truth = one["row"], W[one["row"]].astype(np.float64)
+        moved = truth.max() - truth.min()
+        np.testing.assert_allclose(one["recorded"], truth, rtol=0, atol=5.1e-6 * moved)
+        rebuilt = one["a"] * np.array(data["profiles"]["raw"][one["mode"]]) + one["b"]
+        exact = float(cmd.a_[row]) * cmd.references_[one["mode"]].astype(np.float64) + float(cmd.b_[row])
+        np.testing.assert_allclose(rebuilt, exact, rtol=0, atol=2.5e-7)  # a and b are stored as float32
+
+
+def test_curves_keep_what_they_have_of_digits() -> None:
+    assert movements([[1.23456789, 2.0], [0.0, 0.0], [1e9, 1e9 + 1]]) == [
+        [1.234568, 2.0],
+        [0.0, 0.0],
+        [1e9, 1e9 + 1],
+    ]
+    assert movements([[np.nan, 1.0, np.inf], [np.nan, np.nan, np.nan]]) == [[None, 1.0, None], [None] * 3]
+
+
 def test_the_plane_is_that_of_the_first_components(fitted: CMD, data: dict[str, Any]) -> None:
     w_kt = fitted.sample_[fitted.sample_labels_ >= 0].astype(np.float64)
     _, s, vt = np.linalg.svd(w_kt - w_kt.mean(axis=1, keepdims=True), full_matrices=False)
@@ -303,7 +332,27 @@ def test_the_command_makes_the_fit_again(data: dict[str, Any], fitted: CMD, tmp_
     again = CMD.load(tmp_path / "again.cmd.zarr")
     assert again.result.provenance["config"] == fitted.result.provenance["config"]
     assert again.references_.tobytes() == fitted.references_.tobytes()
-    assert page == "cmdgpu report fit.cmd.zarr -o report.html"
+    assert page == "cmdgpu report fit.cmd.zarr -o report.html --baselines ema:decay=0.5,pca:components=2"
+
+
+def test_the_command_names_what_stands_beside_the_fit(fitted: CMD, tmp_path: Path) -> None:
+    assert fitted.trajectory is not None
+    CMD(2, n_samples=100).fit(fitted.trajectory, tmp_path / "my two.cmd.zarr")
+    scores = compare(fitted, ["recorded", "cmd"]).to_json()
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    made = report(
+        fitted,
+        tmp_path / "p.html",
+        fits=[tmp_path / "my two.cmd.zarr"],
+        scores=tmp_path / "scores.json",
+        title="Mine",
+    )
+    assert made.data["command"].splitlines()[1] == (
+        "cmdgpu report fit.cmd.zarr -o p.html --fits 'my two.cmd.zarr' --scores scores.json --title Mine"
+    )
+    assert str(tmp_path.parent) not in made.path.read_text(), "files are named, places are not told"
+    in_memory = report(fitted, tmp_path / "p.html", scores=scores)
+    assert in_memory.data["command"].splitlines()[1] == "cmdgpu report fit.cmd.zarr -o p.html"
 
 
 NAMES = (
@@ -387,12 +436,14 @@ def test_scores_of_a_file_are_drawn_or_refused(fitted: CMD, tmp_path: Path) -> N
     (tmp_path / "scores.json").write_text(json.dumps(comparison.to_json()))
     made = report(fitted, tmp_path / "p.html", scores=tmp_path / "scores.json")
     assert made.data["methods"]["scores"] == ["acc"] and "methods" in made.figures
+    assert [row["fit_s"] for row in made.data["methods"]["last"] if row["method"] == "recorded"] == [None]
     assert report(fitted, tmp_path / "q.html", scores=comparison).data["methods"] == made.data["methods"]
     for text, said in (
         ("{", "is no JSON"),
         ("[1, 2]", "holds no comparison"),
         ('{"methods": [{"label": 1}]}', "holds no comparison"),
         (json.dumps({**comparison.to_json(), "steps": [0, 99]}), "compares step 99"),
+        (json.dumps({**comparison.to_json(), "n_parameters": 7}), "compares 7 weights"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UsageError, match=said) as caught:
@@ -411,7 +462,7 @@ def test_a_landscape_is_drawn_where_it_is_of_this_fit(fitted: CMD, tmp_path: Pat
         found = landscape(fitted, evaluate, Net(), modes=(0, 2), points=3, out=tmp_path / "plane.json")
     made = report(fitted, tmp_path / "p.html", landscape=tmp_path / "plane.json")
     assert made.data["landscape"] == found.to_json() and "landscape" in made.figures
-    assert report(fitted, tmp_path / "p.html", landscape=found).data == made.data
+    assert report(fitted, tmp_path / "p.html", landscape=found).data["landscape"] == found.to_json()
     assert fitted.trajectory is not None
     other = CMD(2, n_samples=200).fit(fitted.trajectory)
     with pytest.raises(UsageError, match="landscape of another fit") as caught:

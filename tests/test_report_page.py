@@ -268,7 +268,7 @@ def test_a_heading_sorts_and_a_word_filters(visit: Open) -> None:
     page = visit(data).ready()
     as_recorded = [tensor["name"] for tensor in data["network"]["tensors"]]
     assert column(page, "table-tensors", 0) == as_recorded
-    heading = page.locator("#table-tensors th", has_text="rows")
+    heading = page.locator("#table-tensors th", has_text="weights")
     rows = [f"{tensor['rows']:,}" for tensor in data["network"]["tensors"]]
     by_size = sorted(rows, key=lambda text: int(text.replace(",", "")))
     for way, expected in [("descending", by_size[::-1]), ("ascending", by_size), ("none", rows)]:
@@ -531,6 +531,92 @@ def test_marks_are_as_long_and_stand_as_high_as_their_numbers(visit: Open) -> No
     assert np.corrcoef(-np.array(curve), data["profiles"]["z"][5])[0, 1] == pytest.approx(1, abs=1e-5)
 
 
+def test_steps_keep_their_digits_and_their_distances(visit: Open) -> None:
+    steps = [10, 20, 1000, 20_000, 12_345_678]
+    data = {**page_data(modes=2, snapshots=5, n_tensors=4), "steps": steps}
+    page = visit(data, viewport=NARROW, has_touch=True).ready()
+    assert page.locator("#step").get_attribute("aria-valuetext") == "epoch 12,345,678"
+    assert page.locator("#step-shown").inner_text() == "12,345,678"
+    assert "epoch 12,345,678" in page.locator("#fig-rebuilt text.name").all_text_contents()
+    ends = page.evaluate(
+        """document.querySelector("#fig-profiles path[data-mode='1']").getAttribute("d")
+            .match(/-?[\\d.]+ -?[\\d.]+/g).map((pair) => Number(pair.split(" ")[0]))"""
+    )
+    along = (np.array(steps) - steps[0]) / (steps[-1] - steps[0])
+    np.testing.assert_allclose(ends, ends[0] + (ends[-1] - ends[0]) * along, atol=0.11)
+    page.locator("#step").focus()
+    page.keyboard.press("Home")
+    assert page.locator("#step").get_attribute("aria-valuetext") == "epoch 10"
+    assert "epoch 10" in page.locator("#fig-rebuilt text.name").all_text_contents()
+
+
+def test_values_are_put_away_by_touch_and_by_escape_and_follow_the_page(visit: Open) -> None:
+    page = visit(SMALL, viewport=NARROW, has_touch=True).ready()
+    tip, svg = page.locator("#tip"), page.locator("#fig-r2 svg")
+    svg.evaluate("(node) => node.scrollIntoView({block: 'center'})")
+    svg.tap(position={"x": 200, "y": 90})
+    assert tip.inner_text().startswith("R² 0.")
+    high = tip.evaluate("(node) => node.getBoundingClientRect().top")
+    page.evaluate("scrollBy(0, 60)")
+    until(page, f"document.getElementById('tip').getBoundingClientRect().top <= {high} - 59")
+    page.evaluate("scrollBy(0, 2000)")
+    until(page, "document.getElementById('tip').hidden")
+    svg.evaluate("(node) => node.scrollIntoView({block: 'center'})")
+    until(page, "!document.getElementById('tip').hidden")
+    page.locator("#histograms-title").tap()
+    assert tip.is_hidden() and page.locator(".cursor").count() == 0
+    svg.tap(position={"x": 200, "y": 90})
+    assert tip.is_visible()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+
+
+def test_a_block_of_the_matrix_says_how_large_its_correlation_is(visit: Open) -> None:
+    data: Json = {**SMALL, "correlation": {**SMALL["correlation"], "rows": 5000}}
+    page = visit(data, accept_downloads=True).ready()
+    svg = page.locator("#fig-correlation svg")
+    side = svg.evaluate("(node) => node.getBoundingClientRect().width")
+    between = data["correlation"]["between"]
+    for i, j in ((0, 0), (0, 2), (3, 1)):
+        svg.hover(position={"x": (j + 0.5) * side / 4, "y": (i + 0.5) * side / 4})
+        assert f"mean |corr| {float(f'{between[i][j]:.3g}')}" in page.locator("#tip").inner_text()
+    assert "between every two of 200 sampled weights, evenly spread over the 5,000 that move" in (
+        page.locator("#correlation p").first.inner_text()
+    )
+    rows = np.array([list(map(float, row)) for row in taken(page, "correlation")[1:]])
+    np.testing.assert_array_equal(rows[:, 3], data["correlation"]["within"])
+    np.testing.assert_array_equal(rows[:, 4:], between)
+
+
+def test_a_method_that_runs_away_hides_nobody_and_one_without_scores_says_why(visit: Open) -> None:
+    methods = json.loads(json.dumps(SMALL["methods"]))
+    for row in methods["methods"]:
+        if row["method"] == "dmd":
+            row.update(relative_error=1e30 if row["step"] else 0.1, error="weights beyond float64 <b>")
+            row["scores"] = {"accuracy": None, "loss": 1e9}
+    page = visit({**SMALL, "methods": methods}).ready()
+    ticks = page.locator("#fig-methods text.tick").all_text_contents()
+    assert "1e30" not in ticks and not any(tick.startswith(("1e8", "5e8", "1e9")) for tick in ticks), ticks
+    reasons = page.get_by_role("list", name="Methods without scores").locator("li").all_inner_texts()
+    assert reasons[0] == f"No scores of dmd(rank=10) at {SMALL['unit']} 0: weights beyond float64 <b>"
+    assert reasons[-1] == "and 9 more without scores"
+
+
+def test_a_mode_without_quantiles_sorts_last(visit: Open) -> None:
+    profiles: Json = {**SMALL["profiles"], "quantiles": [[None] * 5, *SMALL["profiles"]["quantiles"][1:]]}
+    page = visit({**SMALL, "profiles": profiles}).ready()
+    heading = page.locator("#table-modes th", has_text="5 to 95 %").get_by_role("button")
+    heading.click()
+    modes = [int(mode) for mode in column(page, "table-modes", 0)]
+    low = [profiles["quantiles"][mode][0] for mode in modes[:-1]]
+    assert modes[-1] == 0 and low == sorted(low, reverse=True)
+
+
+def test_what_is_left_out_of_the_network_is_told() -> None:
+    page = render({**SMALL, "network": {**SMALL["network"], "layers_left_out": 1234}})
+    assert "1,234 smaller ones are left out" in page
+
+
 def test_a_landscape_has_a_cell_for_every_score_and_marks_two_points(visit: Open) -> None:
     data, _ = PAGES["whole"]
     page = visit(data).ready()
@@ -567,6 +653,41 @@ def test_numbers_are_taken_away_as_csv(visit: Open) -> None:
     names = [name.replace("\ud800", "\ufffd") for name in HOSTILE]
     names[-1] = f"'{names[-1]}"  # a spreadsheet would compute it
     assert [row[0] for row in tensors[1 : 1 + len(names)]] == names
+
+
+def test_a_csv_has_the_embedded_numbers_and_no_others(visit: Open) -> None:
+    data = SMALL
+    page = visit(data, accept_downloads=True).ready()
+
+    def of(what: str, *columns: int) -> list[list[float | None]]:
+        rows = taken(page, what)[1:]
+        return [[float(row[i]) if row[i] else None for i in columns] for row in rows]
+
+    curves, steps = data["profiles"], range(len(data["steps"]))
+    assert of("bands", 0, 1, 2, 3, 4, 5) == [
+        [mode, data["steps"][t], *(curves[name][mode][t] for name in ("z", "low", "high", "raw"))]
+        for mode in range(4)
+        for t in steps
+    ]
+    histogram = data["histogram"]
+    assert of("abs_correlation", 0, 1, 2) == [
+        [*histogram["edges"][i : i + 2], histogram["abs_correlation"][i]] for i in range(50)
+    ]
+    assert of("scalars", 0, 5) == [
+        [data["steps"][t], data["scalars"]["validation accuracy"][t]] for t in steps
+    ]
+    recorded = [row for row in taken(page, "weights")[1:] if row[7] == "recorded"]
+    assert [[float(value) for value in (*row[4:7], *row[8:])] for row in recorded] == [
+        [one["a"], one["b"], one["correlation"], *one["recorded"]] for one in data["weights"]
+    ]
+    assert of("methods", 2, 4, 5, 7) == [
+        [row["step"], row["weight_mse"], row["relative_error"], row["fit_s"]]
+        for row in data["methods"]["methods"]
+    ]
+    assert of("plane", 1, 2, 3, 4) == [
+        [*(axis[t] for axis in data["plane"]["recorded"]), *(axis[t] for axis in data["plane"]["rebuilt"])]
+        for t in steps
+    ]
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -626,6 +747,9 @@ def test_on_paper_everything_is_light_and_without_controls(visit: Open) -> None:
     assert set(marks) == FIGURES and all(marks.values())
     for figure in FIGURES:
         assert page.locator(f"#fig-{figure} svg").first.is_visible()
+    assert "epoch 600" in page.locator("#fig-rebuilt text.name").all_text_contents()
+    assert page.locator("#legend-weights").inner_text().endswith("mode 0")
+    assert "loss" in page.locator("#fig-landscape text.tick").all_text_contents()
     for gone in ("nav", "#theme", "#step", "#filter", "a.csv"):
         assert page.locator(gone).first.is_hidden()
 

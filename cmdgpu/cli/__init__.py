@@ -16,7 +16,7 @@ from cmdgpu.cli.outcome import fail_usage
 from cmdgpu.version import __version__
 
 _COMMANDS: Final = {
-    "demo": "train on real digits, record, decompose, rebuild, draw: the whole way in two minutes",
+    "demo": "train on real digits, record, decompose, rebuild, draw: the whole way in a minute",
     "import": "take in the checkpoints of any trainer",
     "inspect": "say what a trajectory, a result or a checkpoint holds",
     "verify": "check every byte of a trajectory or a result",

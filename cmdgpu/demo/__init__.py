@@ -51,7 +51,7 @@ def run_demo(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> DemoReport:
-    """Train, record, decompose with M = 1, 2, 5, 10 modes, rebuild every snapshot, evaluate, draw.
+    """Train, record, decompose with M = 1, 2, 5, 10 modes, rebuild every snapshot, evaluate, draw, show.
 
     The seed fixes the split, the initial weights, the order and shifts of the training images and the
     sampled rows; torch's global random state and thread count are the caller's again afterwards.

@@ -53,7 +53,6 @@ def accuracy_against_step(
         settled.plot(steps_t[late:], curve_t[late:], label=name, **look)
     for axes in (whole, settled):
         axes.grid(axis="y")
-        axes.set_axisbelow(True)
         axes.set_xlabel(unit)
         axes.margins(x=0)
     whole.set_ylim(0, 101)

@@ -74,4 +74,3 @@ def _mode_axis(axes: Axes, least: int, most: int) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("modes")
     axes.grid(axis="y")
-    axes.set_axisbelow(True)

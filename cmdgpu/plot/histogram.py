@@ -56,4 +56,3 @@ def _panel(axes: Axes, edges: F64, shares: F64, what: str) -> None:
     axes.set_xlabel(what)
     axes.set_xlim(0, 1)
     axes.grid(axis="y")
-    axes.set_axisbelow(True)

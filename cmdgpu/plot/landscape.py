@@ -96,7 +96,6 @@ def landscape(surface: Surface, score: str | None = None) -> Figure:
         axes.plot(surface.x, values_yx[0], color=BLUE, linewidth=1.5)
         axes.set(ylabel=spoken(name), yscale="log" if isinstance(norm, LogNorm) else "linear")
         axes.grid()
-        axes.set_axisbelow(True)
     for what, (x, y), value, marker, size in marks:
         axes.plot(
             [x], [y if plane else value], marker, markersize=size, markerfacecolor="white",

@@ -54,7 +54,6 @@ def methods_against_step(
         axes.set_title(heading, loc="left")
         axes.set_xlabel(unit)
         axes.grid(axis="y")
-        axes.set_axisbelow(True)
         axes.margins(x=0.02)
     last, (_, curves) = drawn[-1], panels[-1]
     if scores:  # what follows the first sixth decides how much is shown: the rise to it is the same for all

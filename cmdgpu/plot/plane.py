@@ -36,9 +36,9 @@ def trajectory_plane(cmd: CMD, *, modes: tuple[int, int] | None = None) -> Figur
             raise UsageError("no sampled row moves: there is no path to draw")
         _path(axes, view.recorded, "recorded", INK)
         _path(axes, view.rebuilt, "rebuilt from the modes", COLOURS[0])
-        for name, share in zip(("x", "y"), view.explained.tolist(), strict=True):
-            which = "first" if name == "x" else "second"
-            axes.set(**{f"{name}label": f"{which} principal component, {100 * share:.1f} % of the movement"})
+        first, second = (f"{100 * share:.1f} % of the movement" for share in view.explained.tolist())
+        axes.set_xlabel(f"first principal component, {first}")
+        axes.set_ylabel(f"second principal component, {second}")
         axes.legend(frameon=False, fontsize=8, loc="best")
     else:
         z_mt = profiles(cmd).z_mt
@@ -48,7 +48,6 @@ def trajectory_plane(cmd: CMD, *, modes: tuple[int, int] | None = None) -> Figur
         _path(axes, z_mt[list(modes)], "reference profiles", BLUE)
         axes.set(xlabel=f"profile of mode {modes[0]}", ylabel=f"profile of mode {modes[1]}")
     axes.grid()
-    axes.set_axisbelow(True)
     entitle(fig, "From the ring to the disc", sizes_of(cmd))
     return fig
 

@@ -46,7 +46,6 @@ def scalars_against_step(cmd: CMD, *, unit: str | None = None) -> Figure:
         )
         axes.set_title(spoken(name, 26), loc="left")
         axes.grid(axis="y")
-        axes.set_axisbelow(True)
         axes.margins(x=0.01)
         axes.ticklabel_format(axis="y", scilimits=(-4, 5), useMathText=True)
     for axes in grid.flat[len(shown) :]:

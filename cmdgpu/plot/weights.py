@@ -35,7 +35,7 @@ def sampled_weights(
     worst. Fitted ``baselines``, by name, are drawn as well. At most ten modes. Raises UsageError where
     nothing moves, and for a baseline of another trajectory.
     """
-    view = weights(cmd, per_mode=PER_MODE, at_most=PER_MODE * cmd.n_modes_ or 1)
+    view = weights(cmd, per_mode=PER_MODE, at_most=PER_MODE * cmd.n_modes_)
     if not len(view.row):
         raise UsageError("no sampled row moves: there is no weight to draw")
     rebuilt = {"CMD": view.rebuilt}

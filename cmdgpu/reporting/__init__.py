@@ -77,6 +77,7 @@ def report(
     cmd = cmd if isinstance(cmd, CMD) else CMD.load(cmd)
     result = cmd.result
     methods, fitted = _baselines(cmd, baselines, memory_limit, tell)
+    labels = () if methods is None else dict.fromkeys(row["label"] for row in methods["last"][2:])
     if scores is not None:
         methods = _scores(scores, cmd)
     name = "in memory" if result.path is None else result.path.name
@@ -86,8 +87,18 @@ def report(
         fits=_fits(cmd, fits),
         landscape=None if landscape is None else _landscape(landscape, cmd),
     )
+    asked = {
+        "--baselines": [",".join(labels)] if labels else [],
+        "--fits": [_file_name(one) for one in (fits.values() if isinstance(fits, Mapping) else fits)],
+        "--scores": [None if isinstance(scores, Comparison | Mapping) else _file_name(scores)],
+        "--landscape": [None if isinstance(landscape, Landscape) else _file_name(landscape)],
+        "--title": [title or None],
+    }
     data = gather(
-        cmd, beside, title=title or f"Training decomposed: {printable(name)}", command=_command(cmd, target)
+        cmd,
+        beside,
+        title=title or f"Training decomposed: {printable(name)}",
+        command=_command(cmd, target, asked),
     )
     page = render(data).encode()
     write_file(target.parent, target.name, [page])
@@ -189,6 +200,12 @@ def _is_same(one: CMD, other: CMD) -> bool:
     return one is other or (one.result.path is not None and one.result.path == other.result.path)
 
 
+def _file_name(one: CMD | Named | None) -> str | None:
+    """The last part of a place; nothing of what is only in memory."""
+    place = one.result.path if isinstance(one, CMD) else one
+    return None if place is None else str(place).rstrip("/").rsplit("/", 1)[-1]
+
+
 def _name_of(one: CMD | Named, order: int) -> str:
     if not isinstance(one, CMD):
         return printable(str(one).rstrip("/").rsplit("/", 1)[-1])
@@ -208,8 +225,8 @@ def _landscape(landscape: Landscape | Named, cmd: CMD) -> Json:
     return found.to_json()
 
 
-def _command(cmd: CMD, target: Path) -> str:
-    """The commands that make this fit and this page again."""
+def _command(cmd: CMD, target: Path, asked: Mapping[str, Sequence[str | None]]) -> str:
+    """The commands that make this fit and this page again; files by their names, wherever they lie."""
     found = cmd.result.provenance
     config: Mapping[str, Any] = found["config"]
     spelled = {
@@ -223,11 +240,14 @@ def _command(cmd: CMD, target: Path) -> str:
         if config.get(key) is not None
     ]
     params = [f"--params {shlex.quote(pattern)}" for pattern in found.get("params", ())]
+    beside = [
+        f"{option} {shlex.quote(value)}" for option, values in asked.items() for value in values if value
+    ]
     result = "fit.cmd.zarr" if cmd.result.path is None else cmd.result.path.name
     origin = str(found.get("origin") or "run.zarr")
     return "\n".join(
         [
             " ".join(["cmdgpu fit", shlex.quote(origin), "-o", shlex.quote(result), *options, *params]),
-            " ".join(["cmdgpu report", shlex.quote(result), "-o", shlex.quote(target.name)]),
+            " ".join(["cmdgpu report", shlex.quote(result), "-o", shlex.quote(target.name), *beside]),
         ]
     )

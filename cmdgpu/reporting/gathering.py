@@ -42,7 +42,11 @@ MOST_TENSORS: Final = 1000
 """Rows of the table of tensors, the largest first; and of layers and blocks."""
 MOST_PIXELS: Final = 400
 """Of a side of the matrix of |corr|: beyond, cells are averaged."""
+MOST_BLOCKS: Final = 100
+"""Modes between which mean |corr| is told pair by pair; of more it is told within each."""
 DIGITS: Final = 6
+EXACT_DIGITS: Final = 12
+"""Of factors: a · reference + b of large values that hardly move keeps its digits."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,24 @@ def numbers(values: ArrayLike) -> list[Any]:
     return [number(value) for value in array.tolist()]
 
 
-def number(value: float) -> float | None:
-    """A float of DIGITS significant digits, or None."""
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+def number(value: float, digits: int = DIGITS) -> float | None:
+    """A float of so many significant digits, or None."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def movements(rows: ArrayLike) -> list[list[float | None]]:
+    """(n, T) curves with DIGITS digits of what each moves: a large value that hardly moves is no stairs."""
+    told: list[list[float | None]] = []
+    for row in np.asarray(rows, dtype=np.float64):
+        finite = row[np.isfinite(row)]
+        moved = float(finite.max() - finite.min()) if len(finite) else 0.0
+        if not 0.0 < moved < math.inf:
+            told.append(numbers(row))
+            continue
+        size = max(float(np.abs(finite).max()), moved)
+        digits = DIGITS + max(0, math.ceil(math.log10(size / moved)))
+        told.append([number(value, min(digits, 17)) for value in row.tolist()])
+    return told
 
 
 # ---- the figures ------------------------------------------------------------------------------------------
@@ -132,7 +151,7 @@ def _profiles(cmd: CMD, drawn: I64) -> Json:
         "z": numbers(shown.z_mt[:, drawn]),
         "low": numbers(shown.low_mt[:, drawn]),
         "high": numbers(shown.high_mt[:, drawn]),
-        "raw": numbers(shown.raw_mt[:, drawn]),
+        "raw": movements(shown.raw_mt[:, drawn]),
         "sampled": shown.sampled_m.tolist(),
         "size": shown.size_m.tolist(),
         "share": numbers(shown.share_m),
@@ -145,13 +164,19 @@ def _correlation(cmd: CMD) -> Json | None:
     shown = correlations(cmd)
     if not shown.n_moving:
         return None
+    ordered_kk, edges = shown.ordered_kk, shown.edges
+    starts, size = edges[:-1], np.diff(edges)
+    sums = np.add.reduceat(np.add.reduceat(ordered_kk, starts, axis=0), starts, axis=1)
+    means = sums / np.outer(size, size)
     return {
-        "ordered": matrix_png(shown.ordered_kk),
+        "ordered": matrix_png(ordered_kk),
         "unordered": matrix_png(shown.corr_kk),
         "rows": shown.n_moving,
         "shown": len(shown.order),
-        "edges": shown.edges.tolist(),
+        "edges": edges.tolist(),
         "modes": shown.block_modes.tolist(),
+        "within": numbers(np.diagonal(means)),
+        "between": numbers(means) if len(means) <= MOST_BLOCKS else None,
     }
 
 
@@ -175,13 +200,14 @@ def _network(cmd: CMD) -> Json:
     shown = network(cmd)
     tensors, tensors_left = _largest(shown.tensors)
     layers, layers_left = _largest(shown.groups("layer"))
-    blocks, _ = _largest(shown.groups("block"))
+    blocks, blocks_left = _largest(shown.groups("block"))
     return {
         "tensors": [_share(one) for one in tensors],
         "layers": [_share(one) for one in layers],
         "blocks": [_share(one) for one in blocks],
         "tensors_left_out": tensors_left,
         "layers_left_out": layers_left,
+        "blocks_left_out": blocks_left,
     }
 
 
@@ -236,18 +262,21 @@ def _histogram(cmd: CMD) -> Json | None:
 
 def _weights(cmd: CMD, drawn: I64, baselines: Mapping[str, Baseline]) -> list[Json]:
     shown = weights(cmd, at_most=max(24, min(240, MOST_WEIGHT_POINTS // max(len(drawn), 1))))
-    rebuilt = {label: rebuilt_by(baseline, shown)[:, drawn] for label, baseline in baselines.items()}
+    recorded = movements(shown.recorded[:, drawn])
+    rebuilt = {
+        label: movements(rebuilt_by(baseline, shown)[:, drawn]) for label, baseline in baselines.items()
+    }
     return [
         {
             "tensor": shown.tensor[i],
             "index": list(shown.index[i]),
             "row": int(shown.row[i]),
             "mode": int(shown.mode[i]),
-            "a": number(float(shown.a[i])),
-            "b": number(float(shown.b[i])),
+            "a": number(float(shown.a[i]), EXACT_DIGITS),
+            "b": number(float(shown.b[i]), EXACT_DIGITS),
             "correlation": number(float(shown.correlation[i])),
-            "recorded": numbers(shown.recorded[i, drawn]),
-            "rebuilt": {label: numbers(rows[i]) for label, rows in rebuilt.items()},
+            "recorded": recorded[i],
+            "rebuilt": {label: rows[i] for label, rows in rebuilt.items()},
         }
         for i in range(len(shown.row))
     ]
@@ -352,7 +381,7 @@ def checked_methods(found: object, cmd: CMD, file: object = None) -> Json:
         told = cast(Mapping[str, Any], found)
         rows = [_checked_row(row) for row in told["methods"]]
         methods: Json = {
-            "source": str(told["source"]),
+            "source": str(told["source"]).rstrip("/").rsplit("/", 1)[-1],
             "unit": str(told["unit"]),
             "n_parameters": int(told["n_parameters"]),
             "steps": [int(step) for step in told["steps"]],
@@ -365,6 +394,12 @@ def checked_methods(found: object, cmd: CMD, file: object = None) -> Json:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError("holds no comparison", file=where, hint=hint) from error
+    if methods["n_parameters"] != cmd.metrics_["n_rows"]:
+        raise UsageError(
+            f"compares {methods['n_parameters']:,} weights, and this fit has {cmd.metrics_['n_rows']:,}",
+            file=where,
+            hint="compare this fit: cmdgpu compare RESULT",
+        )
     if strangers := sorted(set(methods["steps"]) - set(cmd.steps_.tolist())):
         raise UsageError(
             f"compares step {strangers[0]}, which this fit does not know",
@@ -386,7 +421,7 @@ def _checked_row(row: Any) -> Json:
         "weight_mse": finite(row["weight_mse"]),
         "relative_error": finite(row["relative_error"]),
         "stored_bytes": int(row["stored_bytes"]),
-        "fit_s": finite(row["fit_s"]),
+        "fit_s": None if str(row["method"]) == "recorded" else finite(row["fit_s"]),
         "scores": {str(name): finite(value) for name, value in row["scores"].items()},
         "error": None if row.get("error") is None else str(row["error"]),
     }

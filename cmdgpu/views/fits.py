@@ -26,11 +26,6 @@ class Fit:
     result_bytes: int
     trajectory_bytes: int
 
-    @property
-    def fraction(self) -> float:
-        """Bytes of the result by those of the trajectory."""
-        return self.result_bytes / self.trajectory_bytes
-
 
 def fits(cmds: Mapping[str, CMD]) -> list[Fit]:
     """Fits by name, ordered by their modes, then as given.

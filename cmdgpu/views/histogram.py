@@ -10,7 +10,7 @@ import numpy as np
 
 from cmdgpu.notation import F64, I64
 from cmdgpu.null_model import SHARE_EDGES
-from cmdgpu.statistics import BIN_EDGES
+from cmdgpu.statistics import BIN_EDGES, share_below
 
 if TYPE_CHECKING:
     from cmdgpu.decomposition import CMD
@@ -68,8 +68,7 @@ def _shares(counts_b: I64, edges: F64) -> F64:
     """Of rows counted between BIN_EDGES, the shares between other edges."""
     if not counts_b.any():
         return np.full(len(edges) - 1, np.nan)
-    below = np.concatenate([[0], np.cumsum(counts_b)]) / int(counts_b.sum())
-    return np.diff(np.interp(edges, BIN_EDGES, below))
+    return np.diff(np.interp(edges, BIN_EDGES, share_below(counts_b)))
 
 
 def _band(repeats: F64) -> tuple[F64, F64, F64]:

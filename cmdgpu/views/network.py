@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
 from cmdgpu.notation import F64, I64
+from cmdgpu.statistics import fit_of
 
 if TYPE_CHECKING:
     from cmdgpu.decomposition import CMD
 
 Level: TypeAlias = Literal["layer", "block"]
-_COUNT, _SS, _RSS, _ABS_CORR, _CORR2 = range(5)
-"""Fields of ``statistics.Totals``, which keeps the classes non-finite, constant, mode 0, mode 1, ..."""
-_FIRST_MODE: Final = 2
 
 
 @dataclass(frozen=True)
@@ -108,25 +106,20 @@ def _share(
     sums: F64, n_snapshots: int, *, name: str, shape: tuple[int, ...], kind: str, layer: str, block: str
 ) -> TensorShare:
     """One line of the view from sums (fields, 2 + M)."""
-    count = sums[_COUNT]
-    moving, finite = float(count[_FIRST_MODE:].sum()), float(count[1:].sum())
-    residual = float(sums[_RSS, 1:].sum())
+    fit = fit_of(sums, n_snapshots)
+    counts = np.array(fit["mode_sizes"], dtype=np.int64)
     return TensorShare(
         name=name,
         shape=shape,
         kind=kind,
         layer=layer,
         block=block,
-        rows=int(count.sum()),
-        n_constant=int(count[1]),
-        n_nonfinite=int(count[0]),
-        counts=count[_FIRST_MODE:].astype(np.int64),
-        mean_abs_correlation=_ratio(float(sums[_ABS_CORR, _FIRST_MODE:].sum()), moving),
-        r2=_ratio(float(sums[_CORR2, _FIRST_MODE:].sum()), moving),
-        r2_energy=1.0 - _ratio(residual, float(sums[_SS, 1:].sum())),
-        weight_mse=_ratio(residual, finite * n_snapshots),
+        rows=fit["n_nonfinite"] + fit["n_constant"] + int(counts.sum()),
+        n_constant=fit["n_constant"],
+        n_nonfinite=fit["n_nonfinite"],
+        counts=counts,
+        mean_abs_correlation=fit["mean_abs_correlation"],
+        r2=fit["r2"],
+        r2_energy=fit["r2_energy"],
+        weight_mse=fit["weight_mse"],
     )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")

@@ -14,7 +14,7 @@ from cmdgpu.views.scalars import unit_of
 if TYPE_CHECKING:
     from cmdgpu.decomposition import CMD
 
-BAND: Final = (0.025, 0.975)
+_BAND: Final = (0.025, 0.975)
 """Quantiles between which 95 % of the sampled rows lie, as in the paper's Fig. 3."""
 
 
@@ -57,7 +57,7 @@ def profiles(cmd: CMD) -> Profiles:
         mine = z_kt[cmd.sample_labels_ == m]
         if len(mine) > 1:
             turned = mine * np.where(mine @ z_t < 0, -1.0, 1.0)[:, None]
-            low_mt[m], high_mt[m] = np.quantile(turned, BAND, axis=0)
+            low_mt[m], high_mt[m] = np.quantile(turned, _BAND, axis=0)
     metrics = cmd.result.metrics
     size_m = np.array(metrics["mode_sizes"], dtype=np.int64)
     labels_k = cmd.sample_labels_

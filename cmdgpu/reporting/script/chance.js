@@ -4,8 +4,8 @@
 
 const VIEWS = {
   levels: "|corr| of weights with their reference",
-  increment_correlation: "correlation of their steps",
-  increments: "|corr| where steps are decomposed",
+  increment_correlation: "correlation of their increments",
+  increments: "|corr| where increments are decomposed",
 };
 
 function drawChance(svg, width) {

@@ -32,6 +32,7 @@ function redraw(id, width) {
 
 /** One figure that cannot be drawn takes no other with it; the console and window.onerror hear of it. */
 function redrawAll() {
+  unpoint();
   const widths = new Map([...figures.values()].map((fig) => [fig, widthOf(fig)])); // one layout for all
   for (const [fig, width] of widths) {
     try {
@@ -56,7 +57,7 @@ function listen(fig) {
     const there = point(fig);
     svg.classList.toggle("chosen", there !== null && there.mode !== null);
   });
-  svg.addEventListener("pointerleave", () => unpoint(fig));
+  svg.addEventListener("pointerleave", unpoint);
   svg.addEventListener("click", (event) => {
     fig.place = under(event);
     const there = point(fig);
@@ -67,7 +68,7 @@ function listen(fig) {
     fig.place ??= fig.drawn.probe.first();
     say(point(fig));
   });
-  svg.addEventListener("blur", () => unpoint(fig));
+  svg.addEventListener("blur", unpoint);
   svg.addEventListener("keydown", (event) => {
     const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[
       event.key
@@ -88,30 +89,40 @@ function listen(fig) {
   });
 }
 
+let pointed = null; // {fig, there} of the values that are shown
+
 /** Show what is at the figure's place; null where nothing is. */
 function point(fig) {
-  if (fig.place === null) {
-    unpoint(fig);
-    return null;
-  }
+  unpoint();
+  if (fig.place === null) return null;
   const there = fig.drawn.probe.read(fig.place);
-  fig.svg.querySelectorAll(".cursor").forEach((old) => old.remove());
+  pointed = { fig, there };
   for (const look of ["cursor halo", "cursor"])
     fig.svg.append(el("circle", { class: look, cx: there.x, cy: there.y, r: 5 }));
   const tip = byId("tip");
   tip.replaceChildren(...there.lines.map((line) => html("div", {}, html("bdi", {}, shown(line)))));
+  placeTip();
+  return there;
+}
+
+/** The values stay at their mark while the page is scrolled, and go with it. */
+function placeTip() {
+  if (!pointed) return;
+  const { fig, there } = pointed;
+  const tip = byId("tip");
   tip.hidden = false;
   const frame = fig.svg.getBoundingClientRect();
   const zoom = frame.width / fig.width;
   const [x, y] = [frame.left + there.x * zoom, frame.top + there.y * zoom];
+  tip.hidden = y < 0 || y > innerHeight;
   const right = x + 14 + tip.offsetWidth < document.documentElement.clientWidth - 4;
   tip.style.left = `${Math.max(right ? x + 14 : x - 14 - tip.offsetWidth, 4)}px`;
   tip.style.top = `${Math.min(Math.max(y - tip.offsetHeight - 10, 4), innerHeight - tip.offsetHeight - 4)}px`;
-  return there;
 }
 
-function unpoint(fig) {
-  fig.svg.querySelectorAll(".cursor").forEach((old) => old.remove());
+function unpoint() {
+  pointed?.fig.svg?.querySelectorAll(".cursor").forEach((old) => old.remove());
+  pointed = null;
   byId("tip").hidden = true;
 }
 
@@ -176,7 +187,7 @@ function toStep(t) {
   if (slider) {
     slider.value = t;
     slider.setAttribute("aria-valuetext", atStep(t));
-    output.textContent = num(STEPS[t]);
+    output.textContent = count(STEPS[t]);
   }
   for (const fig of figures.values()) fig.drawn?.now?.(t);
 }
@@ -202,7 +213,8 @@ for (const row of DATA.methods?.methods ?? []) {
 }
 const methodColour = (label) => `c${METHODS.indexOf(label) % COLOURS}`;
 
-function legend(id, entries) {
+/** Keys of lines and bars, and what was chosen for the figure: on paper no control tells it. */
+function legend(id, entries, chosen = "") {
   byId(id)?.replaceChildren(
     ...entries.map(([words, look]) =>
       html(
@@ -211,5 +223,6 @@ function legend(id, entries) {
         html("bdi", {}, fitted(words, 300)),
       ),
     ),
+    ...(chosen ? [html("span", { class: "soft" }, fitted(chosen, 300))] : []),
   );
 }

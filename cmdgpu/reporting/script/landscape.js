@@ -96,6 +96,11 @@ function drawHeights(svg, width) {
     ramp,
     el("text", { class: "tick", x: box.x, y: box.y + side + 70 }, num(low)),
     el("text", { class: "tick", x: box.x + side, y: box.y + side + 70, "text-anchor": "end" }, num(high)),
+    el(
+      "text",
+      { class: "tick", x: box.x + side / 2, y: box.y + side + 70, "text-anchor": "middle" },
+      fitted(state.score, side - 150, 11.5),
+    ),
   );
   return {
     height: box.y + side + 78,

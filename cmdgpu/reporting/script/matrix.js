@@ -4,8 +4,8 @@
 function showMatrix() {
   const matrix = document.querySelector(".matrix");
   if (!matrix) return;
-  const { ordered, unordered, rows, modes } = DATA.correlation;
-  const words = `Matrix of |corr| between ${rows} sampled weights`;
+  const { ordered, unordered, shown: n, modes } = DATA.correlation;
+  const words = `Matrix of |corr| between ${count(n)} sampled weights`;
   matrix.prepend(
     html("img", { id: "matrix-ordered", src: ordered, alt: `${words}, by mode: ${modes.length} blocks` }),
     html("img", {
@@ -18,8 +18,7 @@ function showMatrix() {
 }
 
 function drawCorrelation(svg, width) {
-  const { edges, modes, rows } = DATA.correlation;
-  const total = edges.at(-1);
+  const { edges, modes, within, between, shown: total } = DATA.correlation;
   const at = (edge) => (edge / total) * width;
   const ordered = !byId("matrix-ordered").hidden;
   const blockAt = (x) =>
@@ -62,26 +61,53 @@ function drawCorrelation(svg, width) {
           y: middle(i),
           lines:
             i === j
-              ? [modeName(modes[i]), `${size(i)} of ${rows} sampled rows that move`]
-              : [`modes ${modes[i]} and ${modes[j]}`, `${size(i)} × ${size(j)} pairs of rows`],
+              ? [
+                  modeName(modes[i]),
+                  `mean |corr| ${num(within[i], 3)}`,
+                  `${count(size(i))} of ${count(total)} sampled weights`,
+                ]
+              : [
+                  `modes ${modes[i]} and ${modes[j]}`,
+                  ...(between ? [`mean |corr| ${num(between[i][j], 3)}`] : []),
+                  `${count(size(i))} × ${count(size(j))} pairs of weights`,
+                ],
           mode: modes[i],
         }),
       }
     : marksProbe([
-        { x: width / 2, y: width / 2, lines: ["the order of the model", `${rows} sampled rows that move`] },
+        {
+          x: width / 2,
+          y: width / 2,
+          lines: ["the order of the model", `${count(total)} sampled weights`],
+        },
       ]);
   if (!ordered)
     svg.append(el("rect", { class: "block", x: 0.5, y: 0.5, width: width - 1, height: width - 1 }));
+  const pairs = modes.map((_, b) => size(b) ** 2);
+  const sum = (values) => values.reduce((all, value) => all + value, 0);
+  const mean = sum(pairs.map((n, b) => n * within[b])) / sum(pairs);
   const words = ordered
-    ? `ordered by mode: ${modes.length} blocks along the diagonal`
+    ? `ordered by mode: ${modes.length} blocks along the diagonal, mean |corr| within them ${num(mean, 3)}`
     : "in the order of the model";
-  return { height: width, label: `|corr| between ${rows} sampled weights, ${words}.`, probe };
+  return { height: width, label: `|corr| between ${count(total)} sampled weights, ${words}.`, probe };
 }
 
 const csvCorrelation = () => {
-  const { edges, modes } = DATA.correlation;
+  const { edges, modes, within, between } = DATA.correlation;
   return [
-    ["mode", "first row", "rows"],
-    ...modes.map((mode, b) => [mode, edges[b], edges[b + 1] - edges[b]]),
+    [
+      "mode",
+      "first weight",
+      "weights",
+      "mean |corr| within",
+      ...(between ? modes.map((mode) => `mean |corr| with mode ${mode}`) : []),
+    ],
+    ...modes.map((mode, b) => [
+      mode,
+      edges[b],
+      edges[b + 1] - edges[b],
+      within[b],
+      ...(between ? between[b] : []),
+    ]),
   ];
 };

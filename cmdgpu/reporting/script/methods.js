@@ -2,6 +2,8 @@
 
 // ---- methods compared ---------------------------------------------------------------------------
 
+const FARTHEST = 100; // times the error of the modes: what is worse leaves the panel
+
 function drawMethods(svg, width) {
   const { methods, steps, scores, selected } = DATA.methods;
   const rows = methods.filter((row) => row.batch_norm === state.treatment);
@@ -21,7 +23,10 @@ function drawMethods(svg, width) {
   legend(
     "legend-methods",
     labels.map((label) => [label, look(label)]),
+    DATA.methods.batch_norm.length > 1 ? `scores with BatchNorm ${state.treatment}` : "",
   );
+  const isCore = (label) =>
+    rows.some((row) => row.label === label && (row.method === "recorded" || row.method === "cmd"));
   const quantities = [
     ["relative error of the weights", (row) => row.relative_error, true],
     ...scores.map((name) => [name, (row) => row.scores[name], false]),
@@ -50,10 +55,12 @@ function drawMethods(svg, width) {
     ]);
     // what follows the first sixth decides how much of a score is shown: the rise to it is the same for all
     const late = curves.map(([, values]) => (isLog ? values : values.slice(Math.floor(values.length / 6))));
-    const range = isLog ? (extent(late, 0) ?? [0.1, 1]) : airy(extent(late), 0.08);
+    const core = late.filter((_, k) => isCore(curves[k][0]));
+    const [lowest, highest] = extent(late, 0) ?? [0.1, 1];
+    const most = FARTHEST * (extent(core, 0) ?? [0, Infinity])[1];
     const y = isLog
-      ? logarithmic([range[0] / 1.3, range[1] * 1.3], box.y + box.h, box.y)
-      : linear(range, box.y + box.h, box.y);
+      ? logarithmic([lowest / 1.3, 1.3 * Math.max(Math.min(highest, most), lowest)], box.y + box.h, box.y)
+      : linear(bounded(core, late, 1), box.y + box.h, box.y);
     axes(svg, box, x, y, { xName: DATA.methods.unit });
     svg.append(
       el("text", { class: "name", x: box.x, y: box.y - 9, "font-weight": 600 }, fitted(name, box.w, 12, 600)),
@@ -71,7 +78,7 @@ function drawMethods(svg, width) {
     return {
       box,
       xs,
-      head: (t) => `${DATA.methods.unit} ${num(steps[t])}: ${name}`,
+      head: (t) => `${DATA.methods.unit} ${count(steps[t])}: ${name}`,
       series: curves.map(([label, values]) => ({ name: label, values, y })),
     };
   });
@@ -164,7 +171,7 @@ function drawFits(svg, width) {
     y: y(fit.weight_mse),
     lines: [
       fit.name,
-      `M = ${fit.n_modes}, K = ${num(fit.n_samples)}`,
+      `M = ${fit.n_modes}, K = ${count(fit.n_samples)}`,
       `weight MSE ${num(fit.weight_mse)}`,
       `R² ${num(fit.r2)}, by energy ${num(fit.r2_energy)}`,
     ],

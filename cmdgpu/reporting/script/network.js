@@ -14,7 +14,7 @@ function drawNetwork(svg, width) {
   const right =
     24 +
     widest(
-      shares.map((share) => num(share.rows)),
+      shares.map((share) => count(share.rows)),
       11.5,
     );
   const row = narrow ? 41 : 22;
@@ -33,7 +33,7 @@ function drawNetwork(svg, width) {
           : { class: "name", x: left - 8, y: middle, "text-anchor": "end" },
         fitted(share.name, narrow ? width : left - 12),
       ),
-      el("text", { class: "tick", x: width, y: middle, "text-anchor": "end" }, num(share.rows)),
+      el("text", { class: "tick", x: width, y: middle, "text-anchor": "end" }, count(share.rows)),
     );
     for (const part of partsOf(share)) {
       const [from, wide] = [x(part.from), x(part.to) - x(part.from)];
@@ -56,7 +56,7 @@ function drawNetwork(svg, width) {
         mode: part.mode,
         lines: [
           share.name,
-          `${part.name}: ${percent(part.to - part.from)}, ${num(part.rows)} rows`,
+          `${part.name}: ${percent(part.to - part.from)}, ${count(part.rows)} weights`,
           `mean |corr| ${num(share.mean_abs_correlation)}, R² ${num(share.r2)}`,
         ],
       });
@@ -95,7 +95,7 @@ function drawNetwork(svg, width) {
 }
 
 const csvNetwork = () => [
-  ["level", "name", "mode", "rows of the mode", "rows", "constant", "non-finite"],
+  ["level", "name", "mode", "weights of the mode", "weights", "constant", "non-finite"],
   ...["blocks", "layers", "tensors"].flatMap((level) =>
     DATA.network[level].flatMap((share) =>
       countsOf(share).map(([mode, rows]) => [
@@ -118,7 +118,7 @@ const csvTensors = () => [
     "layer",
     "block",
     "shape",
-    "rows",
+    "weights",
     "constant",
     "non-finite",
     "mean |corr|",

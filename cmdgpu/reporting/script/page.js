@@ -128,8 +128,14 @@ function controls() {
   });
   byId("pill-clear").addEventListener("click", () => light(null));
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && state.lit !== null) light(null);
+    if (event.key !== "Escape") return;
+    unpoint();
+    if (state.lit !== null) light(null);
   });
+  document.addEventListener("pointerdown", (event) => {
+    if (!pointed?.fig.svg.contains(event.target)) unpoint(); // a finger leaves no figure by lifting
+  });
+  addEventListener("scroll", placeTip, { passive: true });
   addEventListener("hashchange", fromAddress);
 }
 
@@ -195,6 +201,7 @@ figure("plane", { draw: drawPlane, csv: csvPlane });
 figure("landscape", { draw: drawLandscape, csv: csvLandscape });
 controls();
 redrawAll();
+toStep(state.t);
 markLit(document);
 theme();
 contents();

@@ -60,7 +60,7 @@ function drawBands(svg, width) {
         el(
           "text",
           { class: "tick", x: box.x, y: box.y - 6 },
-          fitted(`${percent(share[mode])}, ${num(size[mode])} rows`, box.w + 6, 11.5),
+          fitted(`${percent(share[mode])}, ${count(size[mode])} weights`, box.w + 6, 11.5),
         ),
         el("path", { class: "band", "data-mode": mode, d: between(xs, low[mode], high[mode], y) }),
         el("path", { class: "line solid", "data-mode": mode, d: through(xs, z[mode], y) }),
@@ -70,7 +70,7 @@ function drawBands(svg, width) {
       low[mode][t] === null ? "none" : `${num(low[mode][t], 3)} to ${num(high[mode][t], 3)}`;
     const series = [
       { name: "reference", mode, values: z[mode], y },
-      { name: "95 % of the rows", mode, values: high[mode], y, text: spread },
+      { name: "95 % of its sampled weights", mode, values: high[mode], y, text: spread },
     ];
     return { box, xs, head: (t) => `${modeName(mode)}, ${atStep(t)}`, series };
   });

@@ -93,11 +93,13 @@ function num(value, digits = 4) {
   return minus(String(Number(value.toPrecision(digits))));
 }
 
+/** A number of things, or a step: every digit counts. */
+const count = (value) => minus(value.toLocaleString("en-US"));
 const minus = (text) => text.replace(/-/g, "−");
 const percent = (share) => (share === null ? "–" : `${num(100 * share, 3)} %`);
 const colour = (mode) => `c${mode % COLOURS}`;
 const modeName = (mode) => `mode ${mode}`;
-const atStep = (t) => `${shown(DATA.unit)} ${num(STEPS[t])}`;
+const atStep = (t) => `${shown(DATA.unit)} ${count(STEPS[t])}`;
 const placeOf = (weight) => `${weight.tensor}[${weight.index.join(", ")}]`;
 
 /** Rows of every mode that has some, whichever way they are written down: [[mode, rows], ...]. */

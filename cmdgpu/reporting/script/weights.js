@@ -28,10 +28,11 @@ function drawWeights(svg, width) {
     bottom: 14,
     most: 4,
   });
-  legend("legend-weights", [
-    ["recorded", "thin ink"],
-    ...REBUILDERS.map((label) => [label, methodColour(label)]),
-  ]);
+  legend(
+    "legend-weights",
+    [["recorded", "thin ink"], ...REBUILDERS.map((label) => [label, methodColour(label)])],
+    modeName(state.weightsMode),
+  );
   const panels = weights.map((weight, i) => {
     const box = boxes[i];
     const { x, xs } = timeAxis(box);
@@ -148,6 +149,8 @@ function drawRebuilt(svg, width) {
     ),
   );
   const line = stepMarks(svg, [second], [xs]);
+  const when = el("text", { class: "name", x: box.x + side, y: box.y - 9, "text-anchor": "end" });
+  svg.append(when);
   const marks = DATA.weights.map((weight, i) => ({
     x: 0,
     y: 0,
@@ -172,6 +175,7 @@ function drawRebuilt(svg, width) {
     probe: marksProbe(marks),
     now(t) {
       line(t);
+      when.textContent = fitted(atStep(t), side - 60);
       DATA.weights.forEach((weight, i) => {
         const known = weight.recorded[t] !== null && curves[i][t] !== null;
         [marks[i].x, marks[i].y] = known ? [x(weight.recorded[t]), y(curves[i][t])] : [-1e6, -1e6];
