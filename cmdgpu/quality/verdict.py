@@ -149,13 +149,13 @@ def assess(at_hand: AtHand, steps_t: I64, R_mt: F64, rule: Rule) -> Quality:
 
     Increments alone decide nothing: noise that is white in the levels hides a smooth profile in them.
 
-    How often it errs, in 1,120 trials at T = 8 .. 100, K = 50, 300 and M = 2, 10: of unrelated rows (walks,
-    planted rows torn apart by each null model, walks that persist, walks that slow down each at a pace of its
-    own) none was better than chance, the largest excess was 0.18; of planted modes with noise up to 0.3 of
-    their RMS none was missed, the smallest was 0.63. Beyond noise of about 0.5 walks would be followed as
-    well. Rows that slow down each at its own pace *and* persist for longer than they move are nearly
-    c (1 - exp(-t / tau)): few shapes describe them all, they are called better than chance, and no null model
-    here says otherwise. ``benchmarks/experiments/chance.py`` repeats the trials.
+    How often it errs, in 2,160 trials at T = 8 .. 100, K = 60, 150 and M = 2, 10: of 1,200 fits of unrelated
+    rows (planted rows torn apart by each null model, walks that persist, walks that slow down each at a pace
+    of its own) none was better than chance, the largest excess was 0.18; of 480 of planted modes with noise
+    up to 0.3 of their RMS none was missed, the smallest was 0.33; at noise of 0.5 one of 240 was. Rows that
+    slow down each at its own pace *and* persist for longer than they move are nearly c (1 - exp(-t / tau)):
+    few shapes describe them all, half of them are called better than chance, and no null model here says
+    otherwise. ``benchmarks/experiments/chance.py`` repeats the trials.
     """
     columns = at_hand.columns
     sample_kt, rows_nt = _moving(at_hand.sample_kt), None
