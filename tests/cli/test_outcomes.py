@@ -488,7 +488,7 @@ def test_doctor_finds_a_kernel_that_computes_nonsense(monkeypatch: pytest.Monkey
 
 def test_demo_refuses_what_it_cannot_do_before_it_does_anything(folder: Path) -> None:
     for arguments, code, said in (
-        (["--epochs", "2"], 2, "2 is not in the range x>=3"),
+        (["--epochs", "1"], 2, "1 is not in the range x>=2"),
         (["--device", "abacus"], 2, "no device named 'abacus'"),
         (["--seed", "-1"], 2, "seed is -1"),
     ):
