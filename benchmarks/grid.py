@@ -1,4 +1,4 @@
-"""Twelve fits of one store beside one of them: ``python benchmarks/grid.py --gb 4 --in DIR``.
+"""Twelve fits of one store beside one of them: ``python benchmarks/grid.py --gb 8 --in DIR``.
 
 M = 2, 5, 10 with four seeds each in one pass, and M = 10 with one seed, in turns, each in a process of its
 own on a cold store. What the device delivered is counted, and the same bytes are read cold by plain files.
@@ -94,7 +94,7 @@ def measure(folder: Path, rows: int, snapshots: int, runs: int, rows_per_chunk: 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--gb", type=float, default=4.0, help="size of the store of 100 snapshots")
+    parser.add_argument("--gb", type=float, default=8.0, help="size of the store of 100 snapshots")
     parser.add_argument("--snapshots", type=int, nargs="+", default=[100, 200], help="T, of as many rows")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--in", dest="folder", type=Path, help="a folder on the disk to measure")
