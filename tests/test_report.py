@@ -470,6 +470,20 @@ def test_a_landscape_is_drawn_where_it_is_of_this_fit(fitted: CMD, tmp_path: Pat
     assert "plane.json" in str(caught.value)
 
 
+def test_what_is_refused_is_refused_before_baselines_read_anything(
+    fitted: CMD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*_: Any, **__: Any) -> None:
+        raise AssertionError("the trajectory is read")
+
+    monkeypatch.setattr("cmdgpu.reporting.compare", reads)
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(UsageError, match="no comparison"):
+        report(fitted, tmp_path / "p.html", baselines="ema", scores=tmp_path / "bad.json")
+    with pytest.raises(CmdgpuError, match="no landscape"):
+        report(fitted, tmp_path / "p.html", baselines="ema", landscape=tmp_path / "bad.json")
+
+
 def test_what_cannot_be_shown_is_told_in_one_line(fitted: CMD, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not fitted"):
         report(CMD(3), tmp_path / "p.html")

@@ -76,17 +76,14 @@ def report(
     tell = progress or Silent()
     cmd = cmd if isinstance(cmd, CMD) else CMD.load(cmd)
     result = cmd.result
+    # what may be refused comes before the baselines, which read the trajectory
+    scored = None if scores is None else _scores(scores, cmd)
+    others = _fits(cmd, fits)
+    plane = None if landscape is None else _landscape(landscape, cmd)
     methods, fitted = _baselines(cmd, baselines, memory_limit, tell)
     labels = () if methods is None else dict.fromkeys(row["label"] for row in methods["last"][2:])
-    if scores is not None:
-        methods = _scores(scores, cmd)
     name = "in memory" if result.path is None else result.path.name
-    beside = Beside(
-        methods=methods,
-        baselines=fitted,
-        fits=_fits(cmd, fits),
-        landscape=None if landscape is None else _landscape(landscape, cmd),
-    )
+    beside = Beside(methods=scored or methods, baselines=fitted, fits=others, landscape=plane)
     asked = {
         "--baselines": [",".join(labels)] if labels else [],
         "--fits": [_file_name(one) for one in (fits.values() if isinstance(fits, Mapping) else fits)],
@@ -207,11 +204,9 @@ def _file_name(one: CMD | Named | None) -> str | None:
 
 
 def _name_of(one: CMD | Named, order: int) -> str:
-    if not isinstance(one, CMD):
-        return printable(str(one).rstrip("/").rsplit("/", 1)[-1])
-    if one.result.path is not None:
-        return printable(one.result.path.name)
-    return f"M = {one.n_modes_}" + (f", fit {order + 1}" if order >= 0 else "")
+    if isinstance(one, CMD) and one.result.path is None:
+        return f"M = {one.n_modes_}" + (f", fit {order + 1}" if order >= 0 else "")
+    return printable(str(_file_name(one)))
 
 
 def _landscape(landscape: Landscape | Named, cmd: CMD) -> Json:

@@ -27,7 +27,7 @@ from cmdgpu.views.histogram import Band, histograms
 from cmdgpu.views.network import TensorShare, network
 from cmdgpu.views.plane import plane
 from cmdgpu.views.profiles import profiles
-from cmdgpu.views.scalars import scalars
+from cmdgpu.views.scalars import scalars, unit_of
 from cmdgpu.views.weights import rebuilt_by, weights
 
 Json: TypeAlias = dict[str, Any]
@@ -74,7 +74,7 @@ def gather(cmd: CMD, beside: Beside, *, title: str, command: str) -> Json:
     return {
         "schema": 1,
         "title": title,
-        "unit": _unit(cmd),
+        "unit": unit_of(cmd),
         "made": {"cmdgpu": __version__},
         "n": {
             "rows": metrics["n_rows"],
@@ -165,9 +165,7 @@ def _correlation(cmd: CMD) -> Json | None:
     if not shown.n_moving:
         return None
     ordered_kk, edges = shown.ordered_kk, shown.edges
-    starts, size = edges[:-1], np.diff(edges)
-    sums = np.add.reduceat(np.add.reduceat(ordered_kk, starts, axis=0), starts, axis=1)
-    means = sums / np.outer(size, size)
+    means = _block_means(ordered_kk, edges)
     return {
         "ordered": matrix_png(ordered_kk),
         "unordered": matrix_png(shown.corr_kk),
@@ -184,9 +182,7 @@ def matrix_png(corr_kk: F64) -> str:
     """A ``data:`` URL of (K', K') values in 0..1 in 64 colours; averaged down to MOST_PIXELS a side."""
     side = min(len(corr_kk), MOST_PIXELS)
     edges = np.linspace(0, len(corr_kk), side + 1).round().astype(np.int64)
-    counts = np.diff(edges)
-    means = np.add.reduceat(np.add.reduceat(corr_kk, edges[:-1], axis=0), edges[:-1], axis=1)
-    means /= counts[:, None] * counts[None, :]
+    means = _block_means(corr_kk, edges)
     image = Image.fromarray((np.clip(means, 0, 1) * 63).round().astype(np.uint8), mode="P")
     image.putpalette(
         (colormaps["magma"](np.linspace(0, 1, 64))[:, :3] * 255).round().astype(np.uint8).tobytes()
@@ -194,6 +190,13 @@ def matrix_png(corr_kk: F64) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _block_means(corr_kk: F64, edges: I64) -> F64:
+    """(n, n) mean of every block between n + 1 edges, in rows and columns alike."""
+    starts, size = edges[:-1], np.diff(edges)
+    sums = np.add.reduceat(np.add.reduceat(corr_kk, starts, axis=0), starts, axis=1)
+    return sums / np.outer(size, size)
 
 
 def _network(cmd: CMD) -> Json:
@@ -310,10 +313,6 @@ def _plane(cmd: CMD, drawn: I64) -> Json | None:
 # ---- words ------------------------------------------------------------------------------------------------
 
 
-def _unit(cmd: CMD) -> str:
-    return "step" if cmd.trajectory is None else cmd.trajectory.unit
-
-
 def _costs(cmd: CMD, metrics: Mapping[str, Any]) -> list[list[str]]:
     stored, original = metrics["result_bytes"], metrics["trajectory_bytes"]
     costs = [
@@ -394,9 +393,10 @@ def checked_methods(found: object, cmd: CMD, file: object = None) -> Json:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError("holds no comparison", file=where, hint=hint) from error
-    if methods["n_parameters"] != cmd.metrics_["n_rows"]:
+    n_rows = cmd.result.metrics["n_rows"]
+    if methods["n_parameters"] != n_rows:
         raise UsageError(
-            f"compares {methods['n_parameters']:,} weights, and this fit has {cmd.metrics_['n_rows']:,}",
+            f"compares {methods['n_parameters']:,} weights, and this fit has {n_rows:,}",
             file=where,
             hint="compare this fit: cmdgpu compare RESULT",
         )
