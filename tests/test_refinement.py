@@ -234,14 +234,14 @@ def test_a_fit_as_in_the_paper_is_what_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_chunks_blocks_limits_threads_and_arrays_leave_the_same_bits(
-    choice: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: dict[str, Any], tmp_path: Path
 ) -> None:
     W = walks(70_000, 10)
     W[40_000:40_100] = np.nan
     found: set[tuple[str, tuple[float, ...]]] = set()
     cases = ((16_384, "64MiB", 1), (32_768, "1GiB", 3), (0, "1GiB", 2))
     for rows, limit, threads in cases:
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.set_num_threads(threads)
         traj = write_store(tmp_path / f"{rows}.zarr", W, rows=rows) if rows else Trajectory.from_array(W)
         cmd = CMD(n_modes=4, n_samples=200, **choice).fit(traj, memory_limit=limit)
         found.add((row_bits(cmd), cmd.result.refinement))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import resource
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,11 +107,8 @@ def fit(source: Trajectory | AnyArray, out: Path | None = None, limit: str = "1G
 
 
 @pytest.fixture
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
+def one_thread() -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- one set of bits ----------------------------------------------------------------------------------
