@@ -227,6 +227,10 @@ class Trajectory:
             identity["digest"] = fmt.sha256(view.layout.encode(), *digests)
         return identity
 
+    def fingerprint(self) -> str:
+        """Of ``identity``: trajectories of one have the same numbers, but arrays the same steps only."""
+        return fmt.sha256(fmt.canonical(self.identity()))
+
     def __repr__(self) -> str:
         n, t = self.shape
         where = f" at {self.path}" if self.path else ""

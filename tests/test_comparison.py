@@ -640,7 +640,7 @@ def rows_of(**scores: list[float]) -> tuple[Row, ...]:
 
 
 def comparison(rows: tuple[Row, ...], *select: str) -> Comparison:
-    return Comparison(rows, "run.zarr", "step", 6, len(rows), select)
+    return Comparison(rows, "run.zarr", "digest", "step", 6, len(rows), select)
 
 
 def test_validation_selects_and_test_is_only_reported() -> None:

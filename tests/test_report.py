@@ -444,6 +444,7 @@ def test_scores_of_a_file_are_drawn_or_refused(fitted: CMD, tmp_path: Path) -> N
         ('{"methods": [{"label": 1}]}', "holds no comparison"),
         (json.dumps({**comparison.to_json(), "steps": [0, 99]}), "compares step 99"),
         (json.dumps({**comparison.to_json(), "n_parameters": 7}), "compares 7 weights"),
+        (json.dumps({**comparison.to_json(), "trajectory": "0" * 64}), "recorded in another run"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UsageError, match=said) as caught:

@@ -118,6 +118,7 @@ def compare(
     return Comparison(
         rows=tuple(rows),
         source=str(traj.path or "an array"),
+        trajectory=traj.fingerprint(),
         unit=traj.unit,
         n_rows=errors.n_rows,
         n_snapshots=len(traj.columns),

@@ -63,6 +63,8 @@ class Comparison:
 
     rows: tuple[Row, ...]
     source: str
+    trajectory: str
+    """Fingerprint of what was compared: where it lies is no part of it."""
     unit: str
     """What a step counts: step, epoch, ..."""
     n_rows: int
@@ -179,6 +181,7 @@ class Comparison:
         last, selected = self._last_and_selected()
         return {
             "source": self.source,
+            "trajectory": self.trajectory,
             "unit": self.unit,
             "n_parameters": self.n_rows,
             "n_snapshots": self.n_snapshots,

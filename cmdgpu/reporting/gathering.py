@@ -372,7 +372,7 @@ def _warnings(cmd: CMD, drawn: I64, metrics: Mapping[str, Any]) -> list[str]:
 def checked_methods(found: object, cmd: CMD, file: object = None) -> Json:
     """What the page needs of the JSON of a comparison, checked: it may come from a file.
 
-    Raises UsageError where it is none, or is of other steps than the fit knows.
+    Raises UsageError where it is none, or is of another trajectory than the fit.
     """
     hint = "write it with: cmdgpu compare ... --json > scores.json"
     where = None if file is None else str(file)
@@ -381,6 +381,7 @@ def checked_methods(found: object, cmd: CMD, file: object = None) -> Json:
         rows = [_checked_row(row) for row in told["methods"]]
         methods: Json = {
             "source": str(told["source"]).rstrip("/").rsplit("/", 1)[-1],
+            "trajectory": str(told["trajectory"]),
             "unit": str(told["unit"]),
             "n_parameters": int(told["n_parameters"]),
             "steps": [int(step) for step in told["steps"]],
@@ -405,6 +406,12 @@ def checked_methods(found: object, cmd: CMD, file: object = None) -> Json:
             f"compares step {strangers[0]}, which this fit does not know",
             file=where,
             hint=f"it has {int(cmd.steps_[0])} to {int(cmd.steps_[-1])}: compare the same trajectory",
+        )
+    if methods["trajectory"] != cmd.result.fitted_on:
+        raise UsageError(
+            "compares what was recorded in another run, or other snapshots of this one",
+            file=where,
+            hint="compare this fit: cmdgpu compare RESULT",
         )
     return methods
 

@@ -185,6 +185,12 @@ class Result:
         return Provenance(found["source"], found["config"], found["code"]).fingerprint
 
     @property
+    def fitted_on(self) -> str:
+        """Fingerprint of the trajectory it was fitted on."""
+        source = {key: value for key, value in self.provenance["source"].items() if key != "token"}
+        return fmt.sha256(fmt.canonical(source))
+
+    @property
     def metrics(self) -> dict[str, Any]:
         return summarise(self.totals, self.frame.map, len(self.frame.steps))
 
