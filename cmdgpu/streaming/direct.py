@@ -7,6 +7,8 @@ store says what.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -24,6 +26,7 @@ from cmdgpu.errors import StoreCorrupt
 from cmdgpu.notation import I64
 from cmdgpu.sources import READS_IN_FLIGHT, Source, StoreSource
 from cmdgpu.store import format as fmt
+from cmdgpu.store.places import Place
 from cmdgpu.store.view import StoreView
 from cmdgpu.streaming.passes import AssignAndFit
 from cmdgpu.streaming.plan import Plan
@@ -61,13 +64,39 @@ def ways(source: Source, n_snapshots: int, threads: int) -> list[Way]:
 
     The files of a pass that would push its own beginning out of the page cache are read without it, because
     all that work, most of what the system does in a cold pass, would be for nothing. Nobody reads ahead
-    then, so it wants more units at a time, or is not done.
+    then, so it wants more units at a time, or is not done. Files that have to come from the disk want them,
+    too: with M = 100 a pass of cold ones took 15 % less with twice as many.
     """
     cached, waiting = Way(past_cache=False, threads=threads), _WAITING * threads
-    read = source.map.n_rows * n_snapshots * fmt.storage(source.dtype).numpy.itemsize
-    if read <= _free_bytes() // 2 or waiting > _most_units(n_snapshots):
+    if waiting > _most_units(n_snapshots):
         return [cached]
-    return [Way(past_cache=True, threads=waiting), cached]
+    read = source.map.n_rows * n_snapshots * fmt.storage(source.dtype).numpy.itemsize
+    if read > _free_bytes() // 2:
+        return [Way(past_cache=True, threads=waiting), cached]
+    return [Way(past_cache=False, threads=waiting), cached] if _is_cold(source) else [cached]
+
+
+def _is_cold(source: Source) -> bool:
+    """Whether one of a few chunk files, at the ends of the store, has to come from the disk."""
+    assert isinstance(source, StoreSource)
+    view = source.view
+    ends = [(i, t) for i in (0, view.n_chunks - 1) for t in (0, len(view.steps) - 1)]
+    return not all(_is_warm(view.chunk_path(*end)) for end in ends)
+
+
+def _is_warm(file: Place) -> bool:
+    """Whether the file's first byte is in memory; True where the system does not tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    with contextlib.suppress(OSError):
+        fd = os.open(str(file), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+    return True
 
 
 def _free_bytes() -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import mmap
 import os
 import platform
 import re
@@ -42,6 +40,7 @@ from crc32c import crc32c
 from torch import Tensor
 
 from cmdgpu import ops
+from tests.page_cache import evict, is_cached
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROBLEM = Problem("float32", 9, 2, "cpu")
@@ -350,26 +349,6 @@ DAMAGES = [
     "gone", "short", "long", "a flipped bit", "a flipped bit of the CRC", "another whole file", "a link",
     "a FIFO",
 ]  # fmt: skip
-
-
-def evict(file: Path) -> bool:
-    """Whether the page cache let go of it, and would say so."""
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return not is_cached(file)
-    finally:
-        os.close(fd)
-
-
-def is_cached(file: Path) -> bool:
-    held = (ctypes.c_ubyte * 1)(2)
-    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as pages:
-        address = ctypes.addressof(first := ctypes.c_char.from_buffer(pages))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), held) == 0
-        del first
-    return bool(held[0] & 1)
 
 
 @pytest.mark.skipif(not READING, reason="no compiled kernel that reads files")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import resource
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ from tests.harness import (
     walks,
     write_store,
 )
+from tests.page_cache import evict
 from tests.verbs import flip_bit, tree_bytes
 
 T, ROWS = 20, 16384
@@ -329,6 +331,15 @@ def test_the_page_cache_is_left_alone_by_what_it_could_not_keep(
     assert ways(source, T, 2) == [cached]
     monkeypatch.setattr("cmdgpu.streaming.direct._free_bytes", lambda: 2 * read - 2)
     assert ways(source, T, 2) == [Way(past_cache=True, threads=4), cached]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what its page cache holds")
+def test_files_that_come_from_the_disk_are_waited_for_by_more_threads(stores: dict[int, Path]) -> None:
+    source = Trajectory.open(stores[16384]).source
+    assert [way.threads for way in ways(source, T, 2)] == [2]
+    if not evict(stores[16384] / "weights" / f"c.4.{T - 1}"):
+        pytest.skip("this file system keeps its files in memory")
+    assert ways(source, T, 2) == [Way(past_cache=False, threads=4), Way(past_cache=False, threads=2)]
 
 
 def test_more_snapshots_than_files_may_be_open_go_through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
