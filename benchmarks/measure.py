@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,9 +115,10 @@ def measure(
         ceilings = _ceilings(block, threads)
         times = {name: list[float]() for name in ready}
         rates = {(c.name, way): list[float]() for c in ceilings for way in c.ways}
-        for _ in range(suite.runs):
-            for name, provider in ready.items():
-                times[name].append(provider.seconds())
+        for turn in range(suite.runs):
+            # who comes after whom changes from round to round: a run finds in the cache what the last one left
+            for name in random.Random(turn).sample(list(ready), len(ready)):
+                times[name].append(ready[name].seconds())
             for ceiling in ceilings:
                 for way, work in ceiling.ways.items():
                     rates[ceiling.name, way].append(rate_of(work))
