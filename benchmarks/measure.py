@@ -116,7 +116,7 @@ def measure(
         times = {name: list[float]() for name in ready}
         rates = {(c.name, way): list[float]() for c in ceilings for way in c.ways}
         for turn in range(suite.runs):
-            # who comes after whom changes from round to round: a run finds in the cache what the last one left
+            # who comes after whom changes every round: a run finds in the cache what the last one left
             for name in random.Random(turn).sample(list(ready), len(ready)):
                 times[name].append(ready[name].seconds())
             for ceiling in ceilings:
