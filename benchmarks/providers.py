@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cmdgpu_kernels as kernels
 import numpy as np
@@ -15,7 +15,6 @@ from benchmarks.cases import F32, Block, Case
 from cmdgpu.decomposition import CMD
 from cmdgpu.trajectory import Trajectory
 
-I64 = NDArray[np.int64]
 SAMPLED = 1000
 """K, the rows that are clustered: the paper's number, and the default of both decompositions."""
 
@@ -23,7 +22,8 @@ SAMPLED = 1000
 class Answer(NamedTuple):
     """What a run found, so that a provider that computes something else is caught."""
 
-    mode: I64
+    mode: NDArray[np.number[Any]]
+    """As the provider has them: to give all the same type is nobody's work."""
     a: F32
     references: F32
     """(M, T): given, or found by the run."""
@@ -84,7 +84,7 @@ def _implementation(name: str, refusals: Callable[[kernels.Problem], tuple[str, 
         def run(rows: int) -> Answer:
             W_tb = block.W_tb[:, :rows]
             fit = kernels.assign_and_fit(W_tb, references, implementation=name, threads=threads)
-            return Answer(fit.mode.numpy().astype(np.int64), fit.a.numpy(), R_mt)
+            return Answer(fit.mode.numpy(), fit.a.numpy(), R_mt)
 
         return Prepared(run)
 
@@ -97,7 +97,6 @@ def decompose(case: Case, block: Block, R_mt: F32, threads: int) -> Prepared:
 
     def run(rows: int) -> Answer:
         cmd = CMD(n_modes=case.modes, n_samples=SAMPLED).fit(Trajectory.from_array(block.W_nt[:rows]))
-        labels = np.asarray(cmd.labels_[:]).astype(np.int64)
-        return Answer(labels, np.asarray(cmd.a_[:]), cmd.references_)
+        return Answer(np.asarray(cmd.labels_[:]), np.asarray(cmd.a_[:]), cmd.references_)
 
     return Prepared(run, most_rows=block.rival_rows_of(case.modes))

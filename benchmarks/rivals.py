@@ -11,11 +11,13 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import in_memory_script
 from benchmarks.cases import F32, Block, Case
-from benchmarks.providers import I64, SAMPLED, Answer, NotRun, Prepared, Provider
+from benchmarks.providers import SAMPLED, Answer, NotRun, Prepared, Provider
 
+I64 = NDArray[np.int64]
 Run: TypeAlias = Callable[[int], Answer]
 
 TRIED_ROWS = 1 << 14
@@ -136,7 +138,7 @@ def dask_array(case: Case, block: Block, R_mt: F32, threads: int) -> Prepared:
         def run(rows: int) -> Answer:
             W = da.from_array(W_nt[:rows], chunks=(chunk_rows, case.snapshots), name=False)
             found: F32 = W.map_blocks(lines, dtype=np.float32, chunks=(W.chunks[0], (2,))).compute()
-            return Answer(found[:, 0].astype(np.int64), found[:, 1], R_mt)
+            return Answer(found[:, 0], found[:, 1], R_mt)
 
         return run
 

@@ -81,7 +81,8 @@ def test_a_provider_that_computes_something_else_ends_the_run(
         def work(rows: int) -> providers.Answer:
             mode, a, references = right.run(rows)
             if wrong == "labels":
-                return providers.Answer(np.where(np.arange(rows) == rows - 1, mode ^ 1, mode), a, references)
+                other = mode.astype(np.int64) ^ 1
+                return providers.Answer(np.where(np.arange(rows) == rows - 1, other, mode), a, references)
             return providers.Answer(mode, np.where(np.arange(rows) == 0, 1.01 * a, a), references)
 
         return replace(right, run=work)

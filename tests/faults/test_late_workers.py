@@ -261,11 +261,15 @@ class Race:
     wrong: list[str] = field(default_factory=list[str])
 
 
-def race(world: World, folder: Path, kills: int, *options: str) -> Race:
-    """Two workers at a time, from both ends, killed one after the other; the last two may end."""
+def race(world: World, folder: Path, kills: int, *options: str, abreast: bool = False) -> Race:
+    """Two workers at a time, killed one after the other; the last two may end.
+
+    They begin at both ends and meet in the middle; ``abreast`` they meet at every unit.
+    """
+    other = () if abreast else ("--backwards",)
     out, dice, seen = world.enter(folder), random.Random(folder.name), Race()
     for attempt in range(kills + 1):
-        with worker(out, *options) as one, worker(out, "--backwards", *options) as two:
+        with worker(out, *options) as one, worker(out, *other, *options) as two:
             pair = [one, two]
             for child in pair:
                 child.hear_until("READY")
@@ -313,7 +317,7 @@ def test_many_kills_leave_the_bytes_of_one_undisturbed_worker(world: World, tmp_
 
 @pytest.mark.slow
 def test_shared_temporary_names_are_found(world: World, tmp_path: Path) -> None:
-    races = (race(world, tmp_path / str(i), 1, "--mutation", "fixed_names") for i in range(8))
+    races = (race(world, tmp_path / str(i), 1, "--mutation", "fixed_names", abreast=True) for i in range(8))
     assert any(seen.wrong for seen in races), "the harness is blind to torn files"
 
 
