@@ -11,13 +11,12 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks import in_memory_script
 from benchmarks.cases import F32, Block, Case
 from benchmarks.providers import SAMPLED, Answer, NotRun, Prepared, Provider
+from cmdgpu.notation import I64
 
-I64 = NDArray[np.int64]
 Run: TypeAlias = Callable[[int], Answer]
 
 TRIED_ROWS = 1 << 14
